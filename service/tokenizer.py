@@ -1,0 +1,111 @@
+"""Text to token ids and back, by the artifact's tokenizer.json. Knows nothing of models.
+
+The `tokenizers` library works without Python's interpreter lock, so a long text stalls nobody if it is called from a
+thread.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterable
+
+import tokenizers
+from tokenizers import pre_tokenizers
+
+from service.artifact import Artifact
+from service.errors import ArtifactError
+
+_SURROGATES = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+
+
+class Tokenizer:
+    """A byte-level BPE. Every text can be encoded, and no text becomes a special token."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        path, special = artifact.tokenizer_path, artifact.manifest.special_tokens
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library raises Exception itself
+            raise ArtifactError(f"{path} is not a tokenizer ({error}). Export the model again.") from None
+        decoder = json.loads(path.read_bytes()).get("decoder") or {}
+        if decoder.get("type") != "ByteLevel":
+            raise ArtifactError(f"{path} has no ByteLevel decoder. Train the tokenizer with transduce train.")
+        size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        if size > artifact.manifest.vocab_size:
+            raise ArtifactError(
+                f"{path} has {size} tokens, the manifest's vocab_size is {artifact.manifest.vocab_size}. "
+                "Export the model again, with the tokenizer it was trained with."
+            )
+        self._tokenizer.encode_special_tokens = True  # "</s>" in a text is text
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.eos_id = special.eos_id
+        self._bytes = _token_bytes(
+            self._tokenizer,
+            artifact.manifest.vocab_size,
+            set(special.model_dump().values()),
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Source ids, the end token included."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Source ids of each text, the end token included. Lone surrogates, which are no characters, become U+FFFD."""
+        clean = [text if text.isascii() else text.translate(_SURROGATES) for text in texts]
+        encodings = self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)
+        return [[*encoding.ids, self.eos_id] for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of generated ids; special tokens and unknown ids give nothing."""
+        return self._tokenizer.decode([id for id in ids if id < len(self._bytes)], skip_special_tokens=True)
+
+    def token(self, id: int) -> str:
+        """The text of one token by itself; U+FFFD stands for part of a character."""
+        return self._bytes[id].decode("utf-8", errors="replace")
+
+    def detokenizer(self) -> Detokenizer:
+        """A new incremental decoder, for one stream."""
+        return Detokenizer(self._bytes)
+
+
+class Detokenizer:
+    """Token ids to text, piece by piece. Never half a character; the joined pieces are `Tokenizer.decode` of all ids."""
+
+    def __init__(self, token_bytes: list[bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, ids: Iterable[int]) -> str:
+        """What became certain by these ids; may be empty."""
+        return self._decoder.decode(b"".join(map(self._token_bytes.__getitem__, ids)))
+
+    def finish(self) -> str:
+        """What is left: a character that never got complete becomes U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _token_bytes(tokenizer: tokenizers.Tokenizer, vocab_size: int, special: set[int]) -> list[bytes]:
+    """The bytes of every token id; empty for special tokens and for ids that no token has."""
+    alphabet = _alphabet()
+    special |= {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    table = []
+    for id in range(vocab_size):
+        token = None if id in special else tokenizer.id_to_token(id)
+        if token is None:
+            table.append(b"")
+        elif all(character in alphabet for character in token):
+            table.append(bytes(alphabet[character] for character in token))
+        else:
+            table.append(token.encode())  # an added token: spelt as it is
+    return table
+
+
+def _alphabet() -> dict[str, int]:
+    """The character that byte-level BPE writes for each byte: printable ones for themselves, the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    table = {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+    assert set(table) == set(pre_tokenizers.ByteLevel.alphabet())
+    return table
