@@ -26,7 +26,7 @@ class Tokenizer:
         path, special = artifact.tokenizer_path, artifact.manifest.special_tokens
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the library raises Exception itself
+        except Exception as error:  # the library raises Exception itself
             raise ArtifactError(f"{path} is not a tokenizer ({error}). Export the model again.") from None
         decoder = json.loads(path.read_bytes()).get("decoder") or {}
         if decoder.get("type") != "ByteLevel":
@@ -71,7 +71,7 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Token ids to text, piece by piece. Never half a character; the joined pieces are `Tokenizer.decode` of all ids."""
+    """Token ids to text, piece by piece. Never half a character; the joined pieces are what `Tokenizer.decode` gives."""
 
     def __init__(self, token_bytes: list[bytes]) -> None:
         self._token_bytes = token_bytes
@@ -103,7 +103,7 @@ def _token_bytes(tokenizer: tokenizers.Tokenizer, vocab_size: int, special: set[
 
 
 def _alphabet() -> dict[str, int]:
-    """The character that byte-level BPE writes for each byte: printable ones for themselves, the others from U+0100 on."""
+    """The character that byte-level BPE writes for each byte: a printable one itself, the others from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]
     table = {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

@@ -1,0 +1,87 @@
+"""The rehearsal before a service is ready: the self-test of the manifest, and a warm-up over shapes.
+
+The self-test compares token ids, so it tells whether this machine computes what the export's machine did.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from service.batch import Batch, pad
+from service.errors import ArtifactError
+from service.ladder import Ladder
+from service.runner import Runner
+from service.search import GREEDY_CANDIDATES, Candidates, greedy
+from service.sequence import GenerateParameters, Sequence
+from service.state import State
+
+
+def self_test(runner: Runner, state: State, batch: Batch, ladder: Ladder) -> int:
+    """Translate the manifest's sentences, each alone, and compare: how many there were. Raises ArtifactError."""
+    compared = 0
+    for number, test in enumerate(runner.manifest.self_test):
+        if (wanted := test.target_ids.get(runner.variant)) is None:
+            continue
+        found = _translate(runner, state, batch, ladder, test.source_ids, len(wanted))
+        if found != wanted:
+            raise ArtifactError(
+                f"self-test {number} of the artifact fails on this machine: it gives the token ids {found}, "
+                f"the manifest says {wanted}. {_REMEDY[runner.variant]}"
+            )
+        compared += 1
+    return compared
+
+
+def warm_up(runner: Runner, state: State, batch: Batch, ladder: Ladder, *, encode_tokens: int) -> None:
+    """Run every rung at its largest number of rows, largest first, then steps of many and of few rows.
+
+    Allocates what traffic will need, so that the first requests are no slower than the others.
+    """
+    max_rows, pad_id = state.max_rows, runner.manifest.special_tokens.pad_id
+    eos_id = runner.manifest.special_tokens.eos_id
+    for length in reversed(ladder.rungs):
+        rows = max(1, min(max_rows, encode_tokens // length))
+        runner.encode(*pad([[eos_id] * length] * rows, length, pad_id))
+    rows = max_rows
+    while rows:
+        sources = [[eos_id]] * rows
+        _begin(runner, state, batch, ladder, sources, limit=1)
+        runner.step(batch, state, GREEDY_CANDIDATES)
+        _end(state, batch)
+        rows //= 2
+
+
+def _translate(
+    runner: Runner, state: State, batch: Batch, ladder: Ladder, source_ids: list[int], limit: int
+) -> list[int]:
+    _begin(runner, state, batch, ladder, [source_ids], limit)
+    eos_id = runner.manifest.special_tokens.eos_id
+    while batch.positions[0] < limit:
+        state.reserve(target=int(batch.positions[0]) + 1)
+        choice = greedy(Candidates(*runner.step(batch, state, GREEDY_CANDIDATES)))
+        batch.take(choice.ids, choice.log_probabilities)
+        if choice.ids[0] == eos_id:
+            break
+    ids, _ = batch.result(0)
+    _end(state, batch)
+    return ids
+
+
+def _begin(runner: Runner, state: State, batch: Batch, ladder: Ladder, sources: list[list[int]], limit: int) -> None:
+    length = ladder.rung(max(map(len, sources)))
+    state.reserve(source=length)
+    runner.encode_into(state, *pad(sources, length, runner.manifest.special_tokens.pad_id))
+    state.append(len(sources))
+    parameters = GenerateParameters(max_new_tokens=limit)
+    batch.append([Sequence(source, lambda event: None, parameters=parameters) for source in sources])
+
+
+def _end(state: State, batch: Batch) -> None:
+    batch.keep(np.empty(0, np.int64))
+    state.clear()
+
+
+_REMEDY = {
+    "cpu": "A processor without VNNI saturates in 8-bit products: export for it with --precision fp32, or use another.",
+    "cuda": "Export the model again for this GPU and this version of onnxruntime-gpu, or choose --provider cpu.",
+}

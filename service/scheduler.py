@@ -1,0 +1,153 @@
+"""The scheduler decides who waits, who is worked on and who has to leave. Pure: no I/O, no clock of its own.
+
+Policy. First in, first out. Between two decoder steps newcomers are encoded up to a budget of padded source tokens, so
+the running rows wait for at most one budget of encoding per token, and newcomers get in at every step: neither
+starves. At least one is always admitted if there is room, however long it is. A newcomer's cost is the rung of its own
+length, because that is the length to which it is padded, whoever comes with it.
+
+An encoding needs no row. So there are two lines, and when all rows are taken encodings pass those who wait for a row:
+they delay them by nothing, since a row that becomes free goes to the oldest in line, before younger encodings spend the
+budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from service.ladder import Ladder
+from service.sequence import Kind, Sequence, Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Newcomers that one encoder call takes: of one kind, padded to one length."""
+
+    kind: Kind
+    length: int
+    sequences: list[Sequence]
+
+    @property
+    def tokens(self) -> int:
+        """Padded source tokens."""
+        return self.length * len(self.sequences)
+
+
+class Scheduler:
+    """The lines and the rows, as numbers."""
+
+    def __init__(self, *, max_rows: int, encode_tokens: int, ladder: Ladder) -> None:
+        self.max_rows = max_rows
+        self.encode_tokens = encode_tokens
+        self.ladder = ladder
+        self.rows_in_use = 0
+        self.added = 0
+        """Sequences ever added."""
+        self.finished = 0
+        """Sequences that left, from the line or from their rows."""
+        self._lines: dict[Kind, OrderedDict[Sequence, int]] = {"generate": OrderedDict(), "encode": OrderedDict()}
+        self._running: set[Sequence] = set()
+        self._next_deadline = math.inf  # no waiting sequence has an earlier one
+
+    @property
+    def waiting(self) -> int:
+        """Sequences in line."""
+        return sum(map(len, self._lines.values()))
+
+    @property
+    def left_line(self) -> int:
+        """Sequences ever that came and do not wait any more."""
+        return self.added - self.waiting
+
+    @property
+    def running(self) -> int:
+        """Sequences that are worked on."""
+        return len(self._running)
+
+    @property
+    def rows_free(self) -> int:
+        """Rows that nobody holds."""
+        return self.max_rows - self.rows_in_use
+
+    @property
+    def idle(self) -> bool:
+        """Nobody waits, nobody is worked on."""
+        return not self._running and not self.waiting
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """To the end of the line. A sequence takes `max_rows` rows at most."""
+        for sequence in sequences:
+            assert sequence.rows <= self.max_rows
+            sequence.stage = Stage.WAITING
+            self._lines[sequence.kind][sequence] = self.added
+            self.added += 1
+            if sequence.deadline is not None:
+                self._next_deadline = min(self._next_deadline, sequence.deadline)
+
+    def expire(self, now: float) -> list[Sequence]:
+        """Those whose deadline came while they waited; they are out of the line."""
+        if now < self._next_deadline:
+            return []
+        waiting = [sequence for line in self._lines.values() for sequence in line]
+        expired = [sequence for sequence in waiting if sequence.deadline is not None and sequence.deadline <= now]
+        for sequence in expired:
+            self.finish(sequence)
+        self._next_deadline = min((s.deadline for s in self.all_waiting() if s.deadline is not None), default=math.inf)
+        return expired
+
+    def admit(self) -> list[Group]:
+        """Take from the line what fits into the free rows and the budget. They are running from now on."""
+        groups: dict[tuple[Kind, int], Group] = {}
+        spent = 0
+        while (sequence := self._oldest_that_fits()) is not None:
+            length = self.ladder.rung(len(sequence.source_ids))
+            if spent and spent + length > self.encode_tokens:
+                break
+            spent += length
+            del self._lines[sequence.kind][sequence]
+            sequence.stage = Stage.RUNNING
+            self._running.add(sequence)
+            self.rows_in_use += sequence.rows
+            key = (sequence.kind, length)
+            groups.setdefault(key, Group(*key, sequences=[])).sequences.append(sequence)
+        return list(groups.values())
+
+    def finish(self, sequence: Sequence) -> None:
+        """It is done, for whatever reason and wherever it is: it leaves the line, or its rows become free."""
+        if sequence.stage is Stage.WAITING:
+            del self._lines[sequence.kind][sequence]
+        else:
+            self._running.remove(sequence)
+            self.rows_in_use -= sequence.rows
+        sequence.stage = Stage.DONE
+        self.finished += 1
+
+    def all_waiting(self) -> list[Sequence]:
+        """Everyone in line, the oldest of each line first."""
+        return [sequence for line in self._lines.values() for sequence in line]
+
+    def all_running(self) -> list[Sequence]:
+        """Everyone who is worked on, in no order."""
+        return list(self._running)
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError with the numbers if the books do not balance."""
+        rows = sum(sequence.rows for sequence in self._running)
+        if rows != self.rows_in_use or self.rows_in_use + self.rows_free != self.max_rows or self.rows_free < 0:
+            raise RuntimeError(
+                f"running sequences hold {rows} rows, the books say {self.rows_in_use} of {self.max_rows}"
+            )
+        if self.added != self.waiting + self.running + self.finished:
+            raise RuntimeError(
+                f"{self.added} sequences came, {self.waiting} wait, {self.running} run, {self.finished} are finished"
+            )
+
+    def _oldest_that_fits(self) -> Sequence | None:
+        heads = [(line[head], head) for line in self._lines.values() if (head := next(iter(line), None)) is not None]
+        heads = [(arrival, head) for arrival, head in heads if head.rows <= self.rows_free]
+        return min(heads, default=(0, None), key=lambda entry: entry[0])[1]
+
+    def __repr__(self) -> str:
+        return f"<Scheduler {self.running} running, {self.waiting} waiting, {self.rows_in_use} of {self.max_rows} rows>"
