@@ -1,0 +1,88 @@
+"""The FastAPI application: which route answers with what. A factory; nothing happens at import."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service import __version__
+from service.body import read_json
+from service.call import Mailbox
+from service.documentation import add_documentation
+from service.encode import encode
+from service.generate import generate
+from service.middleware import Envelope, Linger
+from service.openapi import DESCRIPTION, describe, operation
+from service.probes import add_probes
+from service.problem import add_problem_handlers, validation_failed
+from service.schemas import EncodeRequest, EncodeResponse, GenerateRequest, GenerateResponse, ModelList
+from service.served_model import ServedModel
+
+Asked = TypeVar("Asked", bound=BaseModel)
+
+_KEEP_ALIVE_BODY = 64 * 1024
+"""An unread body up to this long (bytes) is left to the server, which skips it and keeps the connection."""
+
+
+def create_app(model: ServedModel) -> FastAPI:
+    """An application that serves `model`; it answers 503 until the model's engine is ready."""
+    app = FastAPI(
+        title="Transduce",
+        version=__version__,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=_lifespan,
+    )
+    app.add_middleware(Linger, keep_alive_bytes=_KEEP_ALIVE_BODY)
+    app.add_middleware(Envelope, metrics=model.metrics)
+    add_problem_handlers(app, model.metrics)
+    _add_model_routes(app, model)
+    add_probes(app, model)
+    add_documentation(app)
+    describe(app)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    app.state.mailbox = Mailbox(asyncio.get_running_loop())
+    yield
+
+
+def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
+    @app.post("/v1/generate", **operation("generate", GenerateRequest, GenerateResponse))
+    async def post_generate(request: Request) -> Response:
+        """Translate, correct, transcribe: whatever the model turns one text into.
+
+        One output per input, in order; greedy decoding. With `stream` the answer comes as server-sent events.
+        """
+        asked = await _asked(request, model, GenerateRequest)
+        return await generate(model, app.state.mailbox, asked, request)
+
+    @app.post("/v1/encode", **operation("encode", EncodeRequest, EncodeResponse))
+    async def post_encode(request: Request) -> Response:
+        """The encoder's vectors of each text, pooled to one or token by token."""
+        asked = await _asked(request, model, EncodeRequest)
+        return await encode(model, app.state.mailbox, asked, request)
+
+    @app.get("/v1/models", response_model=ModelList, tags=["models"], operation_id="models")
+    async def get_models() -> Any:
+        """The models that this server has, with their limits, data, licence and figures."""
+        return ModelList(data=[model.card()])
+
+
+async def _asked(request: Request, model: ServedModel, schema: type[Asked]) -> Asked:
+    """The body of a request, checked. Readiness comes first: a server that cannot answer reads nothing."""
+    model.require_ready()
+    body = await read_json(request, model.settings.max_body_bytes)
+    try:
+        return schema.model_validate(body)
+    except ValidationError as error:
+        raise validation_failed(error) from None

@@ -1,0 +1,120 @@
+"""Reads the body of a request: bytes within a limit, then JSON, whatever the content type says.
+
+`curl -d '{...}'` without a header announces a form, so the content type is not asked: a body is JSON or it is refused.
+Python's own decoder is used, because it takes the lone surrogates that JSON escapes can spell (they become U+FFFD),
+and because its hooks see what a plain parser passes over: a key that comes twice, NaN, Infinity.
+"""
+
+import asyncio
+import json
+import re
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from service.errors import InvalidRequest, TooLarge
+
+MAX_DEPTH = 16
+"""Deepest nesting of arrays and objects in a body; the contract itself needs three."""
+
+_PARSE_IN_THREAD = 64 * 1024
+"""Bodies longer than this (bytes) are parsed in a thread, so that the event loop answers others meanwhile."""
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body, at most `limit` bytes; TooLarge as soon as that is known, without reading further."""
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdecimal() and int(declared) > limit:
+        raise _too_large(limit, f"{int(declared):,} bytes")
+    body = bytearray()
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise _too_large(limit, "longer")
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _too_large(limit: int, length: str) -> TooLarge:
+    return TooLarge(f"the body is {length}, the limit is {limit:,} bytes; send fewer inputs per call")
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """The body of `request` as Python values, without lone surrogates."""
+    body = await read_body(request, limit)
+    if len(body) > _PARSE_IN_THREAD:
+        return await asyncio.to_thread(parse_json, body)
+    return parse_json(body)
+
+
+def parse_json(body: bytes) -> Any:
+    """The value that `body` spells; InvalidRequest (400) if it is not UTF-8, not JSON, or nested too deep."""
+    if not body:
+        raise InvalidRequest("the body is empty; send a JSON object")
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not UTF-8: byte {error.start} cannot be decoded") from None
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise _too_deep() from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON: {error.msg} at character {error.pos}") from None
+    except ValueError:  # Python refuses integers of thousands of digits
+        raise InvalidRequest("the body is not usable JSON: a number is too long") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):
+        raise _too_deep()
+    # A lone surrogate can only come from an escape; without one the walk is spared.
+    return _without_lone_surrogates(value) if re.search(r"\\u[dD][89a-fA-F]", text) else value
+
+
+def _too_deep() -> InvalidRequest:
+    return InvalidRequest(f"the body is nested too deep; the limit is {MAX_DEPTH} levels")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise InvalidRequest("an object in the body has the same key twice")
+    return members
+
+
+def _refuse_constant(name: str) -> Any:
+    raise InvalidRequest(f"the body is not JSON: {name} is not a JSON number")
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    """Whether `value` nests deeper than `limit`; level by level, so that no depth can exhaust the stack."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            member
+            for holder in level
+            if isinstance(holder, (dict, list))
+            for member in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(member, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
+def without_lone_surrogates(text: str) -> str:
+    """`text` with U+FFFD in the place of each code point that UTF-8 cannot spell."""
+    return _LONE_SURROGATE.sub("\ufffd", text)
+
+
+def _without_lone_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return without_lone_surrogates(value)
+    if isinstance(value, list):
+        return [_without_lone_surrogates(member) for member in value]
+    if isinstance(value, dict):
+        return {without_lone_surrogates(key): _without_lone_surrogates(member) for key, member in value.items()}
+    return value

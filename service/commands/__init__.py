@@ -1,0 +1,1 @@
+"""The service's subcommands: serve, translate, check."""

@@ -1,0 +1,96 @@
+"""`transduce translate`: a file or standard input, line by line, through the engine that serves."""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from service.errors import SettingsError
+from service.settings import add_arguments, read_settings
+
+_SETTINGS = ("model", "provider", "device_id", "threads", "spinning", "max_rows", "encode_tokens")
+
+
+def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the parser."""
+    parser = subparsers.add_parser(
+        "translate",
+        help="translate lines of text",
+        description="Translate the lines of a file or of standard input: as many lines out as in, in order; "
+        "an empty line stays empty.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--input", default="-", metavar="FILE", help="text, a line each; - is standard input (default)")
+    parser.add_argument("--output", default="-", metavar="FILE", help="where to write; - is standard output (default)")
+    parser.add_argument("--truncate", action="store_true", help="cut lines that are too long instead of stopping there")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="most tokens of a translation (default: the model's)"
+    )
+    add_arguments(parser, only=_SETTINGS)
+    parser.set_defaults(func=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Translate; the exit status."""
+    settings, warnings = read_settings(arguments)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    with contextlib.ExitStack() as files:
+        source = _open(arguments.input, "rb", sys.stdin.fileno())
+        if arguments.input != "-":
+            files.enter_context(source)
+        # Standard input stays open: a thread may be waiting in it for the next line, and closing would wait for that.
+        _refuse_same_file(arguments.input, arguments.output)
+        target = files.enter_context(_open(arguments.output, "wb", sys.stdout.fileno()))
+
+        from service.served_model import load
+        from service.translation import Translation
+
+        model = load(settings)
+        model.engine.start()
+        try:
+            model.engine.wait_ready()
+            translation = Translation(model, truncate=arguments.truncate, max_new_tokens=arguments.max_new_tokens)
+            for line in _with_progress(translation.run(source), arguments):
+                target.write(line.encode("utf-8", errors="replace") + b"\n")
+                if arguments.output == "-":
+                    target.flush()
+            target.flush()
+        except BrokenPipeError:
+            # The reader has gone (`| head`): no fault of anybody's, and what is buffered has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), target.fileno())
+            return 128 + signal.SIGPIPE
+        finally:
+            model.engine.stop()
+    return 0
+
+
+def _open(name: str, mode: str, standard: int) -> BinaryIO:
+    try:
+        # The descriptor itself and not sys.stdin: a thread may be reading it when the program ends.
+        return open(standard if name == "-" else name, mode, closefd=name != "-")  # type: ignore[return-value]
+    except OSError as error:
+        raise SettingsError(f"cannot open {name}: {error.strerror}") from None
+
+
+def _refuse_same_file(source: str, target: str) -> None:
+    if "-" not in (source, target) and os.path.exists(target) and os.path.samefile(source, target):
+        raise SettingsError(f"--input and --output are the same file ({target}), which would empty it")
+
+
+def _with_progress(lines: Iterator[str], arguments: argparse.Namespace) -> Iterator[str]:
+    """A progress bar on a terminal, unless the terminal is where the lines go."""
+    if not sys.stderr.isatty() or (arguments.output == "-" and sys.stdout.isatty()):
+        return lines
+    from tqdm import tqdm
+
+    total = None if arguments.input == "-" else _count_lines(arguments.input)
+    return iter(tqdm(lines, total=total, unit=" lines", dynamic_ncols=True))
+
+
+def _count_lines(name: str) -> int:
+    with open(name, "rb") as file:
+        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(1 << 20), b""))

@@ -1,0 +1,63 @@
+"""POST /v1/encode: texts in, vectors out."""
+
+import asyncio
+import uuid
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service.call import Call, EngineRefusal, Mailbox
+from service.errors import TooLarge
+from service.schemas import EncodeRequest
+from service.sequence import Encoded, Failed, Floats, Sequence
+from service.served_model import ServedModel
+from service.vectors import as_base64, normalized, pool
+
+MAX_NUMBERS = 1 << 23
+"""Numbers in one answer (32 MiB as float32): `pooling: none` can ask for a gigabyte in a small request."""
+
+
+async def encode(model: ServedModel, mailbox: Mailbox, asked: EncodeRequest, request: Request) -> Response:
+    """Answer one request. An empty text is its end token alone."""
+    model.require_name(asked.model)
+    model.require_input_count(len(asked.inputs))
+    deadline = model.deadline(None)
+    sources = await model.source_ids(dict(enumerate(asked.inputs)), truncate=asked.truncate)
+    source_tokens = sum(map(len, sources.values()))
+    size = model.artifact.manifest.embedding_size
+    if (source_tokens if asked.pooling == "none" else len(sources)) * size > MAX_NUMBERS:
+        raise TooLarge(f"{source_tokens:,} vectors in one answer, the limit is {MAX_NUMBERS // size:,}; split the call")
+    with Call(model.engine, mailbox) as call:
+        sequences = {
+            index: Sequence(ids, call.listener(index), kind="encode", deadline=deadline)
+            for index, ids in sources.items()
+        }
+        call.submit(sequences, request.receive)
+        vectors = await _all_encoded(call, asked)
+    body: dict[str, object] = {
+        "id": f"enc-{uuid.uuid4().hex}",
+        "model": model.artifact.name,
+        "embeddings": [],
+        "usage": {"source_tokens": source_tokens},
+    }
+    ordered = [vectors[index] for index in range(len(vectors))]
+    return Response(await asyncio.to_thread(_rendered, body, ordered, asked), media_type="application/json")
+
+
+async def _all_encoded(call: Call, asked: EncodeRequest) -> dict[int, Floats]:
+    vectors: dict[int, Floats] = {}
+    while call.open:
+        for index, event in await call.events():
+            if isinstance(event, Failed):
+                raise EngineRefusal(event.error)
+            if isinstance(event, Encoded):
+                pooled = pool(event.memory, asked.pooling)
+                vectors[index] = normalized(pooled) if asked.normalize else pooled
+    return vectors
+
+
+def _rendered(body: dict[str, object], vectors: list[Floats], asked: EncodeRequest) -> bytes:
+    """JSON; a float32 is written with the fewest digits that give the same float32 again."""
+    body["embeddings"] = [as_base64(one) for one in vectors] if asked.encoding_format == "base64" else vectors
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)

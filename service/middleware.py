@@ -1,0 +1,153 @@
+"""What surrounds every request: its id, its count, its line in the log, and an answer whatever happens inside.
+
+Two plain ASGI layers. `Envelope` is the outer one: it knows ids, metrics, the log and the last-resort 500. `Linger`
+keeps a connection readable while a client is still sending a body that was already refused. Neither knows what a
+request means.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import TransduceError
+from service.metrics import Metrics
+from service.problem import problem_response
+from service.request_id import request_id_of
+
+logger = logging.getLogger("transduce.http")
+
+UNKNOWN_ENDPOINT = "unknown"
+"""The label of every path that is no route, so that strangers cannot grow the metrics."""
+
+CLIENT_CLOSED = 499
+"""Counted when the client left before its answer; nobody receives this status."""
+
+
+class Envelope:
+    """Gives each request an id, counts and logs its answer, and makes an unexpected exception the contract's 500."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        method = scope["method"]
+        request_id = request_id_of(scope["headers"])
+        # A HEAD is answered as the GET it stands for, without the body. A copy: the server's own scope stays as it is.
+        scope = dict(scope, method="GET" if method == "HEAD" else method)
+        scope["state"] = dict(scope.get("state") or {}, request_id=request_id)
+        started, status = time.perf_counter(), CLIENT_CLOSED
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = dict(message, headers=[*message["headers"], (b"x-request-id", request_id.encode("ascii"))])
+            elif method == "HEAD":
+                message = dict(message, body=b"")
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            status = CLIENT_CLOSED
+        except Exception:
+            logger.exception("unexpected error request_id=%s", request_id)
+            if status != CLIENT_CLOSED:
+                raise  # the response had begun: only closing the connection can tell the client
+            error = TransduceError("internal error; the server's log has it under this request_id")
+            self._metrics.count_failure(error.type)
+            await problem_response(error, request_id)(scope, receive, send_with_id)
+        finally:
+            endpoint = endpoint_of(scope)
+            self._metrics.count_http(endpoint, status)
+            logger.log(
+                logging.INFO if endpoint.startswith("/v1/") else logging.DEBUG,
+                "request_id=%s method=%s endpoint=%s status=%d seconds=%.4f",
+                request_id,
+                method if method in _METHODS else "other",
+                endpoint,
+                status,
+                time.perf_counter() - started,
+            )
+
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+
+def endpoint_of(scope: Scope) -> str:
+    """The template of the route that took the request (`/v1/generate`), or `unknown`."""
+    path = getattr(scope.get("route"), "path", None)
+    return path if isinstance(path, str) else UNKNOWN_ENDPOINT
+
+
+class Linger:
+    """Lets a client read an early refusal while it is still sending.
+
+    A server that answers and closes with unread bytes in its socket resets the connection, and the client loses the
+    answer. So when the answer is whole and the body is not, the answer goes out with `Connection: close` and the rest
+    of the body is read and thrown away, within bounds of bytes and seconds; then the connection closes.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keep_alive_bytes: int, max_bytes: int = 1 << 30, max_seconds: float = 60.0
+    ) -> None:
+        """Unread bodies of a declared length up to `keep_alive_bytes` are left to the server, which skips them."""
+        self.app = app
+        self._keep_alive_bytes = keep_alive_bytes
+        self._max_bytes = max_bytes
+        self._max_seconds = max_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or not self._may_be_long(scope):
+            await self.app(scope, receive, send)
+            return
+        body_read = closing = False
+
+        async def receive_and_note() -> Message:
+            nonlocal body_read
+            message = await receive()
+            if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                body_read = True
+            return message
+
+        async def send_and_linger(message: Message) -> None:
+            nonlocal closing
+            if message["type"] == "http.response.start" and not body_read:
+                closing = True
+                message = dict(message, headers=[*message["headers"], (b"connection", b"close")])
+            if not closing or message["type"] != "http.response.body" or message.get("more_body", False):
+                await send(message)
+                return
+            await send(dict(message, more_body=True))  # the client has the whole answer, by its content-length
+            await self._discard(receive)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        await self.app(scope, receive_and_note, send_and_linger)
+
+    def _may_be_long(self, scope: Scope) -> bool:
+        for name, value in scope["headers"]:
+            if name == b"content-length":
+                return not (value.isdigit() and len(value) < 16 and int(value) <= self._keep_alive_bytes)
+            if name == b"transfer-encoding":
+                return True
+        return False
+
+    async def _discard(self, receive: Receive) -> None:
+        discarded = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._max_seconds):
+                while discarded < self._max_bytes:
+                    message = await receive()
+                    discarded += len(message.get("body", b""))
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        return

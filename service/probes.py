@@ -1,0 +1,52 @@
+"""The routes for machines that look after this one: alive, ready, metrics. And the front door, `/`."""
+
+from fastapi import FastAPI
+from prometheus_client.exposition import choose_encoder
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from service.errors import Unavailable
+from service.problem import problem_response
+from service.schemas import ErrorResponse, Health
+from service.served_model import ServedModel
+
+
+def add_probes(app: FastAPI, model: ServedModel) -> None:
+    """Add /healthz, /readyz, /metrics and /."""
+
+    @app.get("/healthz", tags=["operations"], operation_id="healthz")
+    async def healthz() -> Health:
+        """200 while the process answers at all."""
+        return Health(status="alive")
+
+    @app.get(
+        "/readyz",
+        tags=["operations"],
+        operation_id="readyz",
+        response_model=Health,
+        responses={503: {"model": ErrorResponse, "description": "Still loading, or shutting down."}},
+    )
+    async def readyz(request: Request) -> Response | Health:
+        """200 when the model is loaded and warm; 503 before that, and from the moment the server is told to stop."""
+        try:
+            model.require_ready()
+        except Unavailable as error:
+            return problem_response(error, request.state.request_id)
+        return Health(status="ready")
+
+    @app.get(
+        "/metrics",
+        tags=["operations"],
+        operation_id="metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics(request: Request) -> Response:
+        """Prometheus metrics, in the text format, or OpenMetrics for a client that accepts it."""
+        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encoder(model.metrics.registry), headers={"content-type": content_type})
+
+    @app.get("/", include_in_schema=False)
+    async def front_door() -> Response:
+        # Relative, so that it holds behind a proxy that adds a prefix.
+        return RedirectResponse("docs", status_code=307)

@@ -1,0 +1,107 @@
+"""HTTP/1.1 on the wire: uvicorn's httptools protocol, with limits on a request's head and this service's error shape.
+
+uvicorn answers what is not HTTP with a line of plain text and sets no limit on headers; here such a request gets the
+contract's JSON (400), and a head longer than `MAX_HEAD_BYTES` is refused (431) before it fills the memory.
+"""
+
+import asyncio
+from typing import Any
+
+import orjson
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.request_id import make_request_id
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Longest request line plus headers of one request."""
+
+HEAD_SECONDS = 30.0
+"""How long a connection may take to send the head of a request."""
+
+
+class HeadTooLarge(Exception):
+    """The request line and headers together pass MAX_HEAD_BYTES."""
+
+
+class Protocol(HttpToolsProtocol):
+    """One client connection."""
+
+    _head_bytes = 0
+    _head_timer: asyncio.TimerHandle | None = None
+    _refused = False
+
+    def connection_made(self, transport: Any) -> None:
+        """A connection that sends no complete head in time is closed: an idle one must not cost a socket forever."""
+        super().connection_made(transport)
+        self._start_head_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes arrived; after a refusal the rest of them is dropped until the client has closed."""
+        if not self._refused:
+            super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        """A request starts."""
+        self._head_bytes = 0
+        self._start_head_timer()
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """A piece of the request target arrived."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One header arrived."""
+        self._count(len(name) + len(value) + 4)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """The head is whole."""
+        self._stop_head_timer()
+        super().on_headers_complete()
+
+    def _start_head_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _count(self, length: int) -> None:
+        self._head_bytes += length
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise HeadTooLarge
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what the parser refused in the contract's shape and close."""
+        self._refused = True
+        if self._head_bytes > MAX_HEAD_BYTES:
+            status, phrase, kind = 431, "Request Header Fields Too Large", "headers_too_large"
+            message = f"the request line and headers pass {MAX_HEAD_BYTES:,} bytes"
+        else:
+            status, phrase, kind, message = 400, "Bad Request", "invalid_request", "this is not an HTTP/1.1 request"
+        if self.cycle is not None and not self.cycle.response_complete:
+            if self.cycle.response_started:
+                self.transport.close()  # nothing can be said in the middle of a response
+                return
+            self.cycle.disconnected = True  # its body was broken: the handler that waits for the rest is told to leave
+            self.cycle.message_event.set()
+        request_id = make_request_id()
+        body = orjson.dumps({"error": {"type": kind, "message": message}, "request_id": request_id})
+        head = (
+            f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode("ascii") + body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        # Closing with unread bytes would reset the connection under the answer: the client gets a moment to read it.
+        self.loop.call_later(1.0, self.transport.close)

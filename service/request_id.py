@@ -1,0 +1,22 @@
+"""The id of a request: the client's X-Request-ID if it is sane, else a new one; returned on every response."""
+
+import re
+import uuid
+
+_SANE = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+def make_request_id() -> str:
+    """A new id, 32 hexadecimal digits."""
+    return uuid.uuid4().hex
+
+
+def request_id_of(headers: list[tuple[bytes, bytes]]) -> str:
+    """The client's own id if it is 1 to 128 visible ASCII characters, else a new one.
+
+    Anything else (spaces, control characters, a kilobyte) would travel into log lines and other systems' headers.
+    """
+    for name, value in headers:
+        if name == b"x-request-id" and _SANE.fullmatch(value):
+            return value.decode("ascii")
+    return make_request_id()

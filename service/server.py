@@ -1,0 +1,147 @@
+"""The life of the serving process: open the port, load, serve, drain, leave with the right status.
+
+uvicorn moves the bytes. Signals are this module's, because uvicorn closes the listener first and raises the signal
+again at the end: a draining service could not say 503, and a clean end would look like a kill.
+
+The life, by signals: the first SIGTERM or SIGINT makes the engine refuse what is new (503, the listener stays open) and
+finish what it has; when that is done, or after `drain_seconds`, connections and listener close, status 0. A second
+signal ends the process at once, status 128 + its number.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.errors import SettingsError, StartupError
+from service.protocol import Protocol
+from service.served_model import ModelEngine
+from service.settings import Settings
+
+logger = logging.getLogger("transduce.server")
+
+KEEP_ALIVE_SECONDS = 75
+"""An idle connection is kept longer than a load balancer's usual 60 s: this side must not be the first to close."""
+
+_BACKLOG = 2048
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn without signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """A bound socket; SettingsError, with the remedy, if the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise SettingsError(f"--host {host}: not an address to listen on ({error.strerror})") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        remedy = "stop what listens there, or choose another with --port (0 takes a free one)"
+        raise SettingsError(f"cannot listen on {host} port {port}: {error.strerror}; {remedy}") from None
+    listener.setblocking(False)
+    return listener
+
+
+def serve(app: FastAPI, engine: ModelEngine, settings: Settings, listener: socket.socket) -> int:
+    """Serve until a signal; the process's exit status."""
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+    )
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        return runner.run(_Life(_Uvicorn(config), engine, settings).run(listener))
+
+
+class _Life:
+    """One run of the server."""
+
+    def __init__(self, server: uvicorn.Server, engine: ModelEngine, settings: Settings) -> None:
+        self._server = server
+        self._engine = engine
+        self._settings = settings
+        self._stopping = asyncio.Event()
+        self._status = 0
+
+    async def run(self, listener: socket.socket) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        serving = asyncio.create_task(self._server.serve([listener]))
+        starting = asyncio.create_task(self._start())
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        loading = self._engine.status in ("new", "starting")
+        if not (serving.done() or loading):
+            await self._drain()
+        self._server.should_exit = True
+        await serving
+        for task in (starting, stopping):
+            task.cancel()
+        if not loading:  # a load cannot be interrupted, and nobody waits for it: its thread ends with the process
+            await asyncio.to_thread(self._engine.stop)
+        logger.info("stopped status=%d", self._status)
+        return self._status
+
+    def _on_signal(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._stopping.is_set():
+            logger.warning("%s again: ending at once", name)
+            os._exit(128 + number)
+        logger.info("%s: draining, for %g s at most; send it again to end at once", name, self._settings.drain_seconds)
+        self._stopping.set()
+
+    async def _start(self) -> None:
+        """Load and warm up in the engine's thread while the port already answers 503."""
+        try:
+            self._engine.start()
+            # In turns of a second: a thread that waited for good would keep a process from ending while it loads.
+            while not await asyncio.to_thread(self._engine.wait_ready, 1.0):
+                pass
+        except StartupError as error:
+            logger.error("%s", error)
+            self._fail()
+        except Exception:
+            logger.exception("the engine did not start")
+            self._fail()
+        else:
+            facts = " ".join(f"{key}={value}" for key, value in self._engine.describe().items())
+            logger.info("ready %s", facts)
+
+    def _fail(self) -> None:
+        self._status = 2
+        self._stopping.set()
+
+    async def _drain(self) -> None:
+        seconds = self._settings.drain_seconds
+        self._engine.drain(seconds)
+        # A little longer than the engine's own limit: it fails what is left, and the answers say so.
+        if not await asyncio.to_thread(self._engine.join, seconds + 5):
+            logger.warning("the engine did not end in time")
+            self._status = self._status or 1

@@ -1,0 +1,149 @@
+"""Server-sent events: the answer of POST /v1/generate while it is being made.
+
+Each input has its own detokeniser, so that an event never holds half a character, and the texts of an input's events,
+joined, are the text it would have got without a stream. A client that reads slowly gets fewer and longer events.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Self
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from service import answer
+from service.call import Call, EngineRefusal
+from service.errors import TransduceError
+from service.generation import Generation
+from service.problem import problem
+from service.sequence import Event, Failed, Finished, Token
+
+logger = logging.getLogger("transduce.http")
+
+FIRST_EVENT_SECONDS = 10.0
+"""How long the status may wait for the first event, so that a request that fails in line is told by its status."""
+
+KEEP_ALIVE_SECONDS = 15.0
+"""After so long without an event a comment is sent, for the proxies that close what is silent."""
+
+
+class EventStream(Response):
+    """The streamed answer to one generation; owns the call and closes it, whatever happens."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, call: Call, first: list[tuple[int, Event]], request_id: str) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._generation = generation
+        self._call = call
+        self._first = first
+        self._request_id = request_id
+        self._detokenizers = {index: generation.model.tokenizer.detokenizer() for index in generation.sources}
+
+    @classmethod
+    async def begin(cls, generation: Generation, call: Call, request: Request) -> Self:
+        """Submit, and wait for the first event: until it comes, a failure is a status and not an event."""
+        try:
+            generation.submit(call, request.receive, stream=True)
+            first: list[tuple[int, Event]] = []
+            if call.open and not generation.blank:
+                first = await _events_within(call, FIRST_EVENT_SECONDS)
+            for _, event in first:
+                if isinstance(event, Failed):
+                    raise EngineRefusal(event.error)
+            return cls(generation, call, first, request.state.request_id)
+        except BaseException:
+            call.close()
+            raise
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events as they come. The call itself watches for the client's leaving."""
+        with self._call:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                async for chunk in self._chunks():
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            except ClientDisconnect:
+                raise
+            except EngineRefusal as refusal:
+                await send(self._last(refusal.error))
+                return
+            except Exception:
+                logger.exception("unexpected error in a stream request_id=%s", self._request_id)
+                error = TransduceError("internal error; the server's log has it under this request_id")
+                self._generation.model.metrics.count_failure(error.type)
+                await send(self._last(error))
+                return
+            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    def _last(self, error: TransduceError) -> dict[str, Any]:
+        return {"type": "http.response.body", "body": _data(problem(error, self._request_id)), "more_body": False}
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        """The events, several in one chunk if several had come."""
+        blank = [self._event(index, "", "stop", [], [], 0) for index in self._generation.blank]
+        if blank:
+            yield b"".join(blank)
+        events = self._first
+        while True:
+            if chunk := b"".join(self._told(events)):
+                yield chunk
+            if not self._call.open:
+                return
+            events = await _events_within(self._call, KEEP_ALIVE_SECONDS)
+            if not events:
+                yield b": still working\n\n"
+
+    def _told(self, events: list[tuple[int, Event]]) -> list[bytes]:
+        """One event for each input that has news: the tokens that came together are told together."""
+        new_ids: dict[int, list[int]] = {}
+        finished: dict[int, Finished] = {}
+        for index, event in events:
+            if isinstance(event, Failed):
+                raise EngineRefusal(event.error)
+            if isinstance(event, Token):
+                new_ids.setdefault(index, []).append(event.id)
+            elif isinstance(event, Finished):
+                finished[index] = event
+        told = []
+        for index in dict.fromkeys([*new_ids, *finished]):
+            text = self._detokenizers[index].push(new_ids.get(index, []))
+            if (end := finished.get(index)) is not None:
+                text += self._detokenizers[index].finish()
+                source_tokens = len(self._generation.sources[index])
+                told.append(self._event(index, text, end.reason, end.ids, end.log_probabilities, source_tokens))
+            elif text:
+                told.append(_data(self._common(index, text, None)))
+        return told
+
+    def _common(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        return {"id": self._generation.id, "index": index, "sequence": 0, "text": text, "finish_reason": finish_reason}
+
+    def _event(
+        self, index: int, text: str, reason: str, ids: list[int], log_probabilities: list[float], source_tokens: int
+    ) -> bytes:
+        """The last event of an input."""
+        return _data(
+            {
+                **self._common(index, text, reason),
+                **self._generation.extras(ids, log_probabilities),
+                "usage": answer.usage(source_tokens, len(ids)),
+            }
+        )
+
+
+def _data(value: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+async def _events_within(call: Call, seconds: float) -> list[tuple[int, Event]]:
+    """The next events, or none if the time runs out."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await call.events()
+    except TimeoutError:
+        return []
