@@ -1,0 +1,1 @@
+"""Freezes a trained transformer to ONNX graphs, checks them against PyTorch, and writes the artifact that is served."""

@@ -1,0 +1,162 @@
+"""From a torch module to an ONNX graph with named axes, and from there to a small file.
+
+Knows tensors and files; not what the graphs compute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+OPSET = 24
+SMALLEST_MATRIX = 1024
+"""Elements from which a matrix is worth storing in a smaller type."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph: its name, and its axes as numbers or symbols."""
+
+    name: str
+    axes: tuple[int | str, ...]
+
+
+def trace(module: nn.Module, inputs: Sequence[tuple[Port, Tensor]], outputs: Sequence[Port]) -> onnx.ModelProto:
+    """Export a module in evaluation mode, called with the example tensors. Symbolic axes become dynamic."""
+    ports = [port for port, _ in inputs]
+    examples = tuple(tensor for _, tensor in inputs)
+    shapes = [
+        {n: torch.export.Dim.DYNAMIC for n, axis in enumerate(port.axes) if isinstance(axis, str)} for port in ports
+    ]
+    # The signature's *state, if there is one, stands for all the inputs after the named ones.
+    named = module.forward.__code__.co_argcount - 1
+    dynamic = tuple(shapes[:named]) + ((tuple(shapes[named:]),) if len(shapes) > named else ())
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            module.eval(),
+            examples,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=dynamic,
+            input_names=[port.name for port in ports],
+            output_names=[port.name for port in outputs],
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned no program")
+    model = program.model_proto
+    _name_axes(model.graph.input, ports)
+    _name_axes(model.graph.output, outputs)
+    _strip(model)
+    _merge_equal_weights(model)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns about what is not installed and about its own deprecations; nothing of it concerns the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_axes(values: Sequence[onnx.ValueInfoProto], ports: Sequence[Port]) -> None:
+    """Declare the ports' axes. The exporter's own symbols say nothing, and it does not know what operators of ours give."""
+    if [value.name for value in values] != [port.name for port in ports]:
+        raise RuntimeError(f"graph has {[value.name for value in values]}, expected {[port.name for port in ports]}")
+    for value, port in zip(values, ports, strict=True):
+        element_type = value.type.tensor_type.elem_type
+        value.CopyFrom(helper.make_tensor_value_info(port.name, element_type, list(port.axes)))
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove what only describes the machine and the source it was exported from, and the exporter's guesses of shapes."""
+    graph = model.graph
+    for item in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        item.ClearField("doc_string")
+        item.ClearField("metadata_props")
+    graph.ClearField("value_info")
+    model.producer_name, model.producer_version = "transduce", ""
+
+
+def _merge_equal_weights(model: onnx.ModelProto) -> None:
+    """Store equal initializers once, such as a matrix that is both embedding and output projection."""
+    first: dict[tuple[int, tuple[int, ...], bytes], str] = {}
+    renamed: dict[str, str] = {}
+    kept = []
+    for tensor in model.graph.initializer:
+        key = (tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
+        if key in first:
+            renamed[tensor.name] = first[key]
+        else:
+            first[key] = tensor.name
+            kept.append(tensor)
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            node.input[place] = renamed.get(name, name)
+    _replace_initializers(model, kept)
+
+
+def _replace_initializers(model: onnx.ModelProto, tensors: Sequence[TensorProto]) -> None:
+    kept = [TensorProto.FromString(tensor.SerializeToString()) for tensor in tensors]
+    model.graph.ClearField("initializer")
+    model.graph.initializer.extend(kept)
+
+
+def store_matrices(model: onnx.ModelProto, stored: Literal["float32", "float16", "int8"]) -> None:
+    """Store the floating-point matrices in a smaller type, and expand them in the graph.
+
+    ONNX Runtime folds the expansion when it loads the file, so nothing of it is left in a run. float16 rounds; int8 has a
+    scale per row, which is an output of a linear layer or a token of an embedding.
+    """
+    floating = (TensorProto.FLOAT, TensorProto.FLOAT16)
+    tensors, nodes = [], []
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        small = tensor.data_type not in floating or values.ndim != 2 or values.size < SMALLEST_MATRIX
+        if small or stored == "float32" or (stored == "float16" and tensor.data_type == TensorProto.FLOAT16):
+            tensors.append(tensor)
+            continue
+        name = tensor.name
+        if stored == "float16":
+            tensors.append(numpy_helper.from_array(values.astype(np.float16), f"{name}.float16"))
+            nodes.append(helper.make_node("Cast", [f"{name}.float16"], [name], to=tensor.data_type))
+            continue
+        wide = values.astype(np.float32)
+        scale = np.maximum(np.abs(wide).max(axis=1, keepdims=True) / np.float32(127), np.float32(1e-12))
+        tensors.append(
+            numpy_helper.from_array(np.clip(np.rint(wide / scale), -127, 127).astype(np.int8), f"{name}.int8")
+        )
+        tensors.append(numpy_helper.from_array(scale, f"{name}.scale"))
+        nodes.append(helper.make_node("Cast", [f"{name}.int8"], [f"{name}.integers"], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("Mul", [f"{name}.integers", f"{name}.scale"], [f"{name}.float32"]))
+        nodes.append(helper.make_node("Cast", [f"{name}.float32"], [name], to=tensor.data_type))
+    _replace_initializers(model, tensors)
+    following = list(model.graph.node)
+    model.graph.ClearField("node")
+    model.graph.node.extend([*nodes, *following])
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Check the model and write it as one file, weights inside."""
+    onnx.checker.check_model(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save_model(model, path)

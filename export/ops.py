@@ -1,0 +1,172 @@
+"""The ONNX operators that PyTorch has no word for, as functions on tensors that `torch.onnx.export` traces.
+
+Outside an export these functions return tensors of the right shape without meaning: the graphs run in ONNX Runtime only.
+Letters in the shape comments: B rows, H heads, K width of a head, C capacity of a cache, N outputs of a product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.onnx.ops import symbolic, symbolic_multi_out
+
+FULL_MASK = -3.0e38
+"""Finite, since ONNX Runtime adds it to scores in float32; below every score, so that exp() makes an exact zero of it."""
+
+
+def attention_over_lengths(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, num_heads: int) -> Tensor:
+    """Attention of ONNX opset 24, not causal, over the first lengths[b] keys of row b; query, key, value (B, S, H * K)."""
+    attributes: dict[str, int | float | str | bool | list[int] | list[float] | list[str] | list[bool]] = {
+        "q_num_heads": num_heads,
+        "kv_num_heads": num_heads,
+    }
+    return symbolic(
+        "Attention",
+        (query, key, value, None, None, None, lengths),
+        attributes,
+        dtype=query.dtype,
+        shape=query.shape,
+        version=24,
+    )
+
+
+def cached_attention_over_lengths(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    """The same for keys and values as they lie in a cache: query (B, H, 1, K), key and value (B, H, C, K)."""
+    return symbolic(
+        "Attention", (query, key, value, None, None, None, lengths), dtype=query.dtype, shape=query.shape, version=24
+    )
+
+
+def tensor_scatter(cache: Tensor, update: Tensor, positions: Tensor) -> Tensor:
+    """Write update (B, H, 1, K) at positions (B,) of the cache (B, H, C, K); in place where both are bound to one buffer."""
+    return symbolic(
+        "TensorScatter", (cache, update, positions), {"axis": 2}, dtype=cache.dtype, shape=cache.shape, version=24
+    )
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, num_heads: int) -> Tensor:
+    """com.microsoft.MultiHeadAttention over the first lengths[b] keys of row b; query, key, value (B, S, H * K)."""
+    return symbolic(
+        "com.microsoft::MultiHeadAttention",
+        (query, key, value, None, lengths.to(torch.int32)),
+        {"num_heads": num_heads, "mask_filter_value": FULL_MASK},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=1,
+    )
+
+
+def self_attention_step(
+    packed: Tensor, key: Tensor, value: Tensor, last: Tensor, bound: Tensor, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """com.microsoft.GroupQueryAttention for one new position of each row.
+
+    packed (B, 1, 3 * H * K) is query, new key and new value side by side; key and value (B, H, C, K) the caches; last (B,)
+    int32 the index of the new position; bound () int32 no less than the longest row. Returns the output (B, 1, H * K) and
+    both caches with the new position written, in place where past and present are bound to one buffer.
+    """
+    batch, one, width = packed.shape
+    output, next_key, next_value = symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (packed, None, None, key, value, last, bound),
+        {"num_heads": num_heads, "kv_num_heads": num_heads},
+        dtypes=(packed.dtype, key.dtype, value.dtype),
+        shapes=((batch, one, width // 3), key.shape, value.shape),
+        version=1,
+    )
+    return output, next_key, next_value
+
+
+def cross_attention_step(
+    query: Tensor, key: Tensor, value: Tensor, last: Tensor, bound: Tensor, num_heads: int
+) -> Tensor:
+    """com.microsoft.GroupQueryAttention of one query per row over a cache that is only read.
+
+    query (B, 1, H * K), key and value (B, H, C, K), of which positions 0 to last[b] are attended to. New keys of length zero
+    tell the operator that the cache is complete (ONNX Runtime 1.26 or newer), so nothing is written back.
+    """
+    batch, _, width = query.shape
+    nothing = query.new_zeros((batch, 0, width))
+    (output,) = symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (query, nothing, nothing, key, value, last, bound),
+        {"num_heads": num_heads, "kv_num_heads": num_heads},
+        dtypes=(query.dtype,),
+        shapes=((batch, 1, width),),
+        version=1,
+    )
+    return output
+
+
+def cross_attention_rewriting(
+    query: Tensor, key: Tensor, value: Tensor, last: Tensor, bound: Tensor, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with an operator that must be given a new key: the last valid one, which it writes back to its own place.
+
+    Works with every version of GroupQueryAttention. Returns the output (B, 1, H * K) and both caches, unchanged in content.
+    """
+    batch, heads, _, width = key.shape
+    index = last.to(torch.int64)[:, None, None].expand(batch, heads, 1)  # (B, H, 1)
+    newest = [
+        symbolic(
+            "GatherND", (cache, index), {"batch_dims": 2}, dtype=cache.dtype, shape=(batch, heads, width), version=13
+        )
+        for cache in (key, value)
+    ]  # two (B, H, K)
+    output, next_key, next_value = symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (query, *(cache.reshape(batch, 1, heads * width) for cache in newest), key, value, last, bound),
+        {"num_heads": num_heads, "kv_num_heads": num_heads},
+        dtypes=(query.dtype, key.dtype, value.dtype),
+        shapes=(query.shape, key.shape, value.shape),
+        version=1,
+    )
+    return output, next_key, next_value
+
+
+def quantise_rows(x: Tensor, scale: Tensor) -> Tensor:
+    """x (B, K) float32 and its scale per row (B,) -> (B, K) uint8 with zero point 128, rounded half to even, saturated."""
+    zero_point = torch.full((x.shape[0],), 128, dtype=torch.uint8)
+    return symbolic("QuantizeLinear", (x, scale, zero_point), {"axis": 0}, dtype=torch.uint8, shape=x.shape, version=21)
+
+
+def integer_product(x: Tensor, weight: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:
+    """x (B, K) uint8 of zero point 128, weight (K, N) int8, scales (B, 1) and (N,) float32 -> (B, N) float32.
+
+    The operator can add a bias too, but multiplies it by the row's scale: add it apart.
+    """
+    return symbolic(
+        "com.microsoft::MatMulIntegerToFloat",
+        (x, weight, row_scale, column_scale, torch.tensor(128, dtype=torch.uint8)),
+        dtype=torch.float32,
+        shape=(x.shape[0], weight.shape[1]),
+        version=1,
+    )
+
+
+def rows_of(table: Tensor, ids: Tensor) -> Tensor:
+    """table (N, ...), ids of any shape -> the rows of the table, of shape ids.shape + table.shape[1:]."""
+    return symbolic(
+        "Gather", (table, ids), {"axis": 0}, dtype=table.dtype, shape=(*ids.shape, *table.shape[1:]), version=13
+    )
+
+
+def largest(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of x (B, N), best first, of equals the one with the lower index first: values and indices."""
+    values, indices = symbolic_multi_out(
+        "TopK",
+        (x, k.reshape(1)),
+        {"axis": -1, "largest": 1, "sorted": 1},
+        dtypes=(x.dtype, torch.int64),
+        shapes=((x.shape[0], 1), (x.shape[0], 1)),
+        version=11,
+    )
+    return values, indices
+
+
+def pad_to(x: Tensor, axis: int, size: Tensor) -> Tensor:
+    """Zeros behind x along an axis until it is `size` () long."""
+    missing = (size - x.shape[axis]).reshape(1)
+    none = torch.zeros(x.dim(), dtype=torch.int64)
+    ends = torch.cat([none[:axis], missing, none[axis + 1 :]])
+    return symbolic("Pad", (x, torch.cat([none, ends])), dtype=x.dtype, shape=x.shape, version=21)
