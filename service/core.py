@@ -99,7 +99,7 @@ class Core:
         """Admit, encode, step, select, retire, post."""
         clock, metrics = self._clock, self._metrics
         began = clock()
-        for sequence in self.scheduler.expire(began):
+        for sequence in self.scheduler.expired(began):
             error = DeadlineExceeded("the timeout ran out while the request waited in line")
             self._finish(sequence, "timeout", Failed(error))
         groups = self.scheduler.admit()

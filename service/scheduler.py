@@ -86,16 +86,13 @@ class Scheduler:
             if sequence.deadline is not None:
                 self._next_deadline = min(self._next_deadline, sequence.deadline)
 
-    def expire(self, now: float) -> list[Sequence]:
-        """Those whose deadline came while they waited; they are out of the line."""
+    def expired(self, now: float) -> list[Sequence]:
+        """Those whose deadline came while they waited. They are in line until they are finished."""
         if now < self._next_deadline:
             return []
-        waiting = [sequence for line in self._lines.values() for sequence in line]
-        expired = [sequence for sequence in waiting if sequence.deadline is not None and sequence.deadline <= now]
-        for sequence in expired:
-            self.finish(sequence)
-        self._next_deadline = min((s.deadline for s in self.all_waiting() if s.deadline is not None), default=math.inf)
-        return expired
+        hurried = [(s.deadline, s) for s in self.all_waiting() if s.deadline is not None]
+        self._next_deadline = min((deadline for deadline, _ in hurried if deadline > now), default=math.inf)
+        return [sequence for deadline, sequence in hurried if deadline <= now]
 
     def admit(self) -> list[Group]:
         """Take from the line what fits into the free rows and the budget. They are running from now on."""

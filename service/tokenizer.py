@@ -71,7 +71,7 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Token ids to text, piece by piece. Never half a character; the joined pieces are what `Tokenizer.decode` gives."""
+    """Token ids to text, piece by piece: never half a character, and joined what `Tokenizer.decode` gives."""
 
     def __init__(self, token_bytes: list[bytes]) -> None:
         self._token_bytes = token_bytes
