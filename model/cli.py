@@ -1,0 +1,202 @@
+"""`transduce train` and `transduce evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from model.config import ConfigurationError, Recipe
+
+
+def register_train(subparsers: Any) -> None:
+    """Add `train`. torch is imported only when it runs."""
+    train = subparsers.add_parser(
+        "train",
+        help="train a transformer on parallel text",
+        description="Train a transformer on parallel text. A stopped run continues from RUN/last.pt with --resume.",
+    )
+    train.add_argument(
+        "--recipe", type=Path, required=True, help="TOML file with the tables [model], [training], [metadata]"
+    )
+    train.add_argument(
+        "--data", type=Path, nargs="+", required=True, metavar="FILE",
+        help="one TSV file (source, tab, target) or two aligned files; plain or gzipped",
+    )  # fmt: skip
+    train.add_argument("--valid", type=Path, nargs="+", metavar="FILE", help="validation pairs, in the same form")
+    train.add_argument(
+        "--holdout", type=float, default=0.0, metavar="SHARE",
+        help="without --valid: hold back this share of the sentences for validation, and as much for RUN/test.tsv",
+    )  # fmt: skip
+    train.add_argument("--run", type=Path, required=True, help="directory of the run: checkpoints, log, picture")
+    train.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TABLE.FIELD=VALUE",
+        help="change one field of the recipe (TOML value)",
+    )
+    train.add_argument("--threads", type=int, default=0, help="CPU threads (0: as many as there are cores)")
+    train.set_defaults(func=run_train)
+
+
+def register_evaluate(subparsers: Any) -> None:
+    """Add `evaluate`. torch is imported only when it runs."""
+    evaluate = subparsers.add_parser(
+        "evaluate",
+        help="BLEU, chrF and speed of a checkpoint or an artifact",
+        description="Translate the sources of a file and score them by sacrebleu against all references there.",
+    )
+    evaluate.add_argument("model", type=Path, help="a checkpoint of `transduce train`, or the directory of an artifact")
+    evaluate.add_argument(
+        "--data", type=Path, nargs="+", required=True, metavar="FILE",
+        help="one TSV file (source, tab, reference) or two aligned files; plain or gzipped",
+    )  # fmt: skip
+    evaluate.add_argument("--num-beams", type=int, default=1, help="beam width; 1 is greedy (default)")
+    evaluate.add_argument(
+        "--length-penalty", type=float, default=1.0, help="exponent of the length that scores are divided by"
+    )
+    evaluate.add_argument("--samples", type=int, default=5, help="print so many translations beside their references")
+    evaluate.add_argument("--limit", type=int, default=0, help="only the first so many sources (0: all)")
+    evaluate.add_argument("--threads", type=int, default=0, help="CPU threads (0: as many as there are cores)")
+    evaluate.set_defaults(func=run_evaluate)
+
+
+def read_recipe(path: Path, changes: list[str]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe and its [metadata], after changes of the form TABLE.FIELD=VALUE. Raises ConfigurationError."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    for change in changes:
+        name, equals, value = change.partition("=")
+        table, dot, key = name.partition(".")
+        if not (equals and dot):
+            raise ConfigurationError(f"--set {change}: expected TABLE.FIELD=VALUE, as in training.max_steps=1000")
+        try:
+            tables.setdefault(table, {})[key] = tomllib.loads(f"v = {value}")["v"]
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigurationError(f"--set {change}: {value!r} is no TOML value; texts need quotes") from error
+    metadata = tables.pop("metadata", {})
+    try:
+        return Recipe.from_dict(tables), metadata
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    """Train as told; the exit status of the program."""
+    import torch
+
+    from model.checkpoint import Checkpoint, CheckpointError
+    from model.data import BadRows, Corpus, DataError, grouped_references, read_pairs, split_of
+    from model.tokenizer import train_tokenizer
+    from model.training import Trainer, start_processes
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logger = logging.getLogger("transduce.train")
+    run: Path = arguments.run
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        recipe, metadata = read_recipe(arguments.recipe, arguments.set)
+        last = Checkpoint.load(run / "last.pt") if arguments.resume else None
+        if (arguments.valid is None) == (arguments.holdout == 0.0):
+            raise ConfigurationError("give either --valid FILE or --holdout SHARE")
+        if not 0.0 <= arguments.holdout < 0.5:
+            raise ConfigurationError(f"--holdout must be at least 0 and below 0.5, not {arguments.holdout}")
+        if last is None and (run / "last.pt").exists():
+            raise ConfigurationError(f"{run} holds a run already: continue it with --resume, or choose another --run")
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        run.mkdir(parents=True, exist_ok=True)
+        device = start_processes()
+
+        bad = BadRows()
+        share = arguments.holdout
+        corpus_path = run / "corpus.bin" if rank == 0 else run / f"corpus.{rank}.bin"
+        held: dict[str, list[tuple[str, str]]] = {"valid": [], "test": []}
+
+        def training_pairs() -> Any:
+            for source, target in read_pairs(tuple(arguments.data), bad):
+                split = split_of(source, share) if share else "train"
+                if split == "train":
+                    yield source, target
+                else:
+                    held[split].append((source, target))
+
+        corpus = Corpus.write(corpus_path, training_pairs())
+        if arguments.valid:
+            held["valid"] = list(read_pairs(tuple(arguments.valid), bad))
+        if bad.counts:
+            logger.warning("left out: %s", bad)
+        if not held["valid"]:
+            raise DataError("no validation pair: raise --holdout, or give --valid")
+        if rank == 0:
+            for name, pairs in held.items():
+                if pairs:
+                    (run / f"{name}.tsv").write_text("".join(f"{s}\t{t}\n" for s, t in pairs), encoding="utf-8")
+        tokenizer = last.tokenizer if last else train_tokenizer(corpus.texts(), recipe.model.vocab_size)
+        recipe = replace(recipe, model=replace(recipe.model, vocab_size=tokenizer.get_vocab_size()))
+        if last and last.recipe.model != recipe.model:
+            raise ConfigurationError(f"{run}/last.pt was trained with another [model]: {last.recipe.model}")
+        trainer = Trainer(recipe, corpus, tokenizer, grouped_references(held["valid"]), run, metadata, device)
+        if last:
+            trainer.resume(last)
+        logger.info(
+            "%d pairs, %d validation sentences, %d parameters, on %s, %d process(es)",
+            len(corpus), len(trainer.validation), trainer.model.num_parameters(), device, trainer.world,
+        )  # fmt: skip
+        trainer.run()
+    except (ConfigurationError, DataError, CheckpointError) as error:
+        print(f"transduce train: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    """Print scores and samples; the exit status of the program."""
+    import torch
+
+    from model.checkpoint import Checkpoint, CheckpointError
+    from model.data import BadRows, DataError, grouped_references, read_pairs
+    from model.evaluation import evaluate, translator
+
+    try:
+        if arguments.num_beams < 1:
+            raise DataError(f"--num-beams must be at least 1, not {arguments.num_beams}")
+        if arguments.threads:
+            torch.set_num_threads(arguments.threads)
+        bad = BadRows()
+        references = grouped_references(read_pairs(tuple(arguments.data), bad))
+        if bad.counts:
+            print(f"left out: {bad}", file=sys.stderr)
+        if arguments.limit:
+            references = dict(list(references.items())[: arguments.limit])
+        if not references:
+            raise DataError("no usable pair to evaluate on")
+        if arguments.model.is_dir():
+            from export.decoding import ArtifactDecoder
+
+            decoder = ArtifactDecoder(arguments.model, threads=arguments.threads)
+            tokenizer, eos_id = decoder.tokenizer, decoder.eos_id
+            translate = decoder.translator(arguments.num_beams, arguments.length_penalty)
+        else:
+            checkpoint = Checkpoint.load(arguments.model)
+            tokenizer, eos_id = checkpoint.tokenizer, checkpoint.recipe.model.eos_id
+            translate = translator(checkpoint.transformer(), arguments.num_beams, arguments.length_penalty)
+    except (DataError, CheckpointError) as error:
+        print(f"transduce evaluate: {error}", file=sys.stderr)
+        return 2
+    evaluation = evaluate(translate, tokenizer, eos_id, references)
+    for (source, refs), translation in list(zip(references.items(), evaluation.translations, strict=True))[
+        : arguments.samples
+    ]:
+        print(f"  source       {source}\n  translation  {translation}\n  reference    {' | '.join(refs)}\n")
+    print(f"beam {arguments.num_beams}  {evaluation}")
+    return 0

@@ -1,0 +1,292 @@
+"""A training run: from a recipe and parallel text to a checkpoint. Stopped, it continues with the same losses.
+
+One process, or many started by torchrun: then each takes its share of every group of batches, and gradients are
+averaged by PyTorch's DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from model.checkpoint import Checkpoint, average_weights
+from model.config import Recipe
+from model.curves import draw_curves
+from model.data import BadRows, Batch, Corpus, epoch_batches
+from model.evaluation import Evaluation, evaluate, translator
+from model.optimizer import MovingAverage, build_optimizers, rate_factor, set_rate
+from model.transformer import Transformer, sequence_loss
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Everything that is not weights, optimizer or random state."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    """Groups of batches taken from this epoch."""
+    best_bleu: float = -1.0
+    validations_without_gain: int = 0
+    history: list[str] = field(default_factory=list)
+    """The last checkpoints, oldest first, by file name."""
+
+
+class Trainer:
+    """Owns model, optimizers and the run's directory: last.pt, best.pt, model.pt, log.jsonl, curves.png."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        validation: dict[str, list[str]],
+        directory: Path,
+        metadata: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.corpus, self.tokenizer, self.validation = recipe, corpus, tokenizer, validation
+        self.directory, self.metadata, self.device = directory, metadata, device
+        self.world = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
+        torch.manual_seed(recipe.training.seed)
+        self.model = Transformer(recipe.model).to(device)
+        self.parallel: nn.Module = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        # The same weights everywhere, but each process drops other units.
+        torch.manual_seed(recipe.training.seed + 1000 * self.rank)
+        self.optimizers = build_optimizers(self.model, recipe.training)
+        self.average = MovingAverage(self.model, recipe.training.ema_decay) if recipe.training.ema_decay else None
+        self.progress = Progress()
+        self.bad_rows = BadRows()
+
+    def run(self) -> Checkpoint:
+        """Train to the end of the recipe (or to early stopping) and return the final checkpoint, also in model.pt."""
+        config = self.recipe.training
+        started, tokens_since, losses_since = time.perf_counter(), 0, []
+        bar = tqdm(
+            total=config.max_steps, initial=self.progress.step, unit="step", disable=None if self.rank == 0 else True
+        )
+        while not self._finished():
+            for group in self._groups():
+                loss, tokens = self._update(group)
+                self.progress.step += 1
+                self.progress.batch += 1
+                losses_since.append(loss)
+                tokens_since += tokens
+                bar.update()
+                bar.set_postfix(epoch=self.progress.epoch, loss=f"{loss:.3f}", refresh=False)
+                if self.progress.step % config.validate_every == 0 or self.progress.step == config.max_steps:
+                    seconds = time.perf_counter() - started
+                    self._validate(sum(losses_since) / len(losses_since), tokens_since / seconds)
+                    started, tokens_since, losses_since = time.perf_counter(), 0, []
+                    if self._finished():
+                        break
+            else:
+                self.progress.epoch += 1
+                self.progress.batch = 0
+        bar.close()
+        if self.bad_rows.counts:
+            logger.warning("left out: %s", self.bad_rows)
+        return self._final()
+
+    def _finished(self) -> bool:
+        config = self.recipe.training
+        return (
+            self.progress.step >= config.max_steps
+            or (0 < config.max_epochs <= self.progress.epoch)
+            or (0 < config.patience <= self.progress.validations_without_gain)
+        )
+
+    def _groups(self) -> Any:
+        """This process's batch of each group of `world`, from where the epoch was left. An incomplete one is lost."""
+        batches = epoch_batches(
+            self.corpus, self.tokenizer, self.recipe.model, self.recipe.training, self.progress.epoch, self.bad_rows
+        )
+        skip = self.progress.batch * self.world
+        group: list[Batch] = []
+        for number, batch in enumerate(batches):
+            if number < skip:
+                continue
+            group.append(batch)
+            if len(group) == self.world:
+                yield group[self.rank]
+                group = []
+
+    def _update(self, batch: Batch) -> tuple[float, int]:
+        """One optimizer step. Returns the loss per token and the number of target tokens, both over all processes."""
+        config, model = self.recipe.training, self.recipe.model
+        batch = batch.to(self.device)
+        self.parallel.train()
+        mixed = torch.autocast(self.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
+        with mixed:
+            logits = self.parallel(batch.source_ids, batch.source_lengths, batch.target_inputs)  # (B, T, V)
+        loss = sequence_loss(logits, batch.target_outputs, model.pad_id, config.label_smoothing)
+        totals = torch.tensor([loss.item(), float(batch.target_tokens)], dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            distributed.all_reduce(totals)
+        total_loss, total_tokens = totals.tolist()
+        # Gradients are averaged over the processes: weigh each by its share of the tokens, as if it were one batch.
+        (loss * self.world / total_tokens).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        set_rate(self.optimizers, config.learning_rate * rate_factor(self.progress.step, config))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if self.average:
+            self.average.update(self.model, self.progress.step)
+        self._log(kind="step", step=self.progress.step, loss=total_loss / total_tokens, tokens=int(total_tokens))
+        return total_loss / total_tokens, int(total_tokens)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What is validated and kept: the moving average, or the weights themselves."""
+        weights = self.average.weights if self.average else self.model.state_dict()
+        return {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+
+    def _evaluate(self, weights: dict[str, Tensor]) -> Evaluation:
+        model = Transformer(self.recipe.model)
+        model.load_state_dict(weights)
+        translate = translator(model.to(self.device).eval(), max_ratio=3.0)
+        return evaluate(translate, self.tokenizer, self.recipe.model.eos_id, self.validation)
+
+    def _validate(self, loss: float, tokens_per_second: float) -> None:
+        """Score the weights, write the checkpoint and the picture, and note whether BLEU has risen."""
+        progress, config = self.progress, self.recipe.training
+        outcome = [0.0, 0.0]
+        if self.rank == 0:
+            weights = self._weights()
+            evaluation = self._evaluate(weights)
+            outcome = [evaluation.bleu, evaluation.chrf]
+        if self.world > 1:
+            distributed.broadcast_object_list(outcome)
+        bleu, chrf = outcome
+        better = bleu > progress.best_bleu
+        progress.best_bleu = max(bleu, progress.best_bleu)
+        progress.validations_without_gain = 0 if better else progress.validations_without_gain + 1
+        progress.history = [*progress.history, f"step-{progress.step:08d}.pt"]
+        dropped = progress.history[: -config.average_checkpoints]
+        progress.history = progress.history[-config.average_checkpoints :]
+        states = self._gather_random_states()
+        if self.rank != 0:
+            return
+        metadata = {
+            **self.metadata,
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "valid_bleu": bleu,
+            "valid_chrf": chrf,
+        }
+        checkpoint = Checkpoint(self.recipe, self.tokenizer, weights, metadata)
+        checkpoint.save(self.directory / progress.history[-1])
+        if better:
+            checkpoint.save(self.directory / "best.pt")
+        for name in dropped:
+            (self.directory / name).unlink(missing_ok=True)
+        state = {
+            "progress": vars(progress),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "weights": self.model.state_dict(),
+            "random_states": states,
+        }
+        Checkpoint(self.recipe, self.tokenizer, weights, metadata, state).save(self.directory / "last.pt")
+        rate = config.learning_rate * rate_factor(progress.step, config)
+        self._log(
+            kind="validation", step=progress.step, epoch=progress.epoch, loss=loss, bleu=bleu, chrf=chrf,
+            learning_rate=rate, tokens_per_second=tokens_per_second,
+        )  # fmt: skip
+        logger.info(
+            "step %d  epoch %d  loss %.3f  BLEU %.2f  chrF %.2f  rate %.2e  %.0f target tokens/s%s",
+            progress.step, progress.epoch, loss, bleu, chrf, rate, tokens_per_second, "  best" if better else "",
+        )  # fmt: skip
+        draw_curves(self.directory / "log.jsonl", self.directory / "curves.png")
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Continue a run of which `checkpoint` is the last.pt. The log is cut back to that step."""
+        state = checkpoint.training_state
+        if state is None:
+            raise ValueError("this checkpoint holds no training state: continue from the run's last.pt")
+        if len(state["random_states"]) != self.world:
+            raise ValueError(
+                f"the run had {len(state['random_states'])} processes: continue it with as many, not {self.world}"
+            )
+        self.model.load_state_dict(state["weights"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.average:
+            self.average.weights = {name: tensor.to(self.device) for name, tensor in checkpoint.weights.items()}
+        self.progress = Progress(**state["progress"])
+        random_state = state["random_states"][self.rank]
+        torch.set_rng_state(random_state["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(random_state["cuda"], self.device)
+        log = self.directory / "log.jsonl"
+        if self.rank == 0 and log.exists():
+            kept = [
+                line
+                for line in log.read_text().splitlines()
+                if json.loads(line)["step"] < self.progress.step + (json.loads(line)["kind"] == "validation")
+            ]
+            log.write_text("".join(line + "\n" for line in kept))
+
+    def _gather_random_states(self) -> list[dict[str, Tensor]]:
+        """The random state of every process, for an exact continuation."""
+        own = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        states: list[Any] = [own]
+        if self.world > 1:
+            states = [None] * self.world
+            distributed.all_gather_object(states, own)
+        return states
+
+    def _final(self) -> Checkpoint:
+        """The average of the last checkpoints, or the best one if that scores higher on the validation set."""
+        path = self.directory / "model.pt"
+        if self.rank == 0:
+            last = [Checkpoint.load(self.directory / name) for name in self.progress.history]
+            weights = average_weights([checkpoint.weights for checkpoint in last])
+            evaluation = self._evaluate(weights)
+            best = Checkpoint.load(self.directory / "best.pt")
+            if evaluation.bleu >= best.metadata["valid_bleu"]:
+                metadata = {
+                    **last[-1].metadata,
+                    "valid_bleu": evaluation.bleu,
+                    "valid_chrf": evaluation.chrf,
+                    "averaged": len(last),
+                }
+                best = Checkpoint(self.recipe, self.tokenizer, weights, metadata)
+            best.save(path)
+            logger.info("%s: BLEU %.2f on the validation set", path, best.metadata["valid_bleu"])
+        if self.world > 1:
+            distributed.barrier()
+        return Checkpoint.load(path)
+
+    def _log(self, **values: Any) -> None:
+        if self.rank == 0:
+            with (self.directory / "log.jsonl").open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+
+def start_processes() -> torch.device:
+    """The device of this process; joins the group if torchrun started it."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device

@@ -1,0 +1,72 @@
+"""The slow decoders: greedy is beam 1, batches change nothing, beams are what an exhaustive search finds."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from model.config import TransformerConfig
+from model.search import Hypothesis, beam_search, greedy_search
+from model.transformer import Transformer
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    torch.manual_seed(3)
+    config = TransformerConfig(
+        vocab_size=6,
+        d_model=16,
+        num_heads=2,
+        encoder_layers=1,
+        decoder_layers=1,
+        max_source_tokens=16,
+        max_target_tokens=4,
+    )
+    model = Transformer(config).eval()
+    for parameter in model.parameters():
+        parameter.data *= 1.7  # sharper distributions, so that choices differ between sources
+    return model
+
+
+SOURCES = [[3, 2], [4, 5, 3, 2], [5, 2], [3, 3, 3, 4, 5, 2], [4, 2]]
+
+
+def test_greedy_is_beam_one(model: Transformer) -> None:
+    for greedy, (best,) in zip(greedy_search(model, SOURCES), beam_search(model, SOURCES, num_beams=1), strict=True):
+        assert greedy.ids == best.ids
+        assert greedy.log_probability == pytest.approx(best.log_probability, abs=1e-5)
+
+
+def test_a_batch_changes_no_answer(model: Transformer) -> None:
+    together = greedy_search(model, SOURCES)
+    assert [h.ids for h in together] == [greedy_search(model, [source])[0].ids for source in SOURCES]
+
+
+@torch.no_grad()
+def test_a_wide_beam_finds_the_best_of_all_sequences(model: Transformer) -> None:
+    """Over 4 tokens of 4 possible ones every sequence can be scored; a beam as wide as all of them misses none."""
+    every = [[*body, 2] for n in range(4) for body in itertools.product([3, 4, 5], repeat=n)] + [
+        list(body) for body in itertools.product([3, 4, 5], repeat=4)
+    ]
+    for source in SOURCES:
+        memory = model.encode(torch.tensor([source]), torch.tensor([len(source)]))
+        scored = []
+        for ids in every:
+            logits = model.decode(torch.tensor([[1, *ids[:-1]]]), memory, torch.tensor([len(source)]))
+            scored.append(Hypothesis(ids, float(logits.log_softmax(-1)[0, range(len(ids)), ids].sum())))
+        expected = max(scored, key=lambda h: h.score(1.0))
+        best = beam_search(model, [source], num_beams=len(every), length_penalty=1.0)[0][0]
+        assert best.ids == expected.ids
+        assert best.score(1.0) == pytest.approx(expected.score(1.0), abs=1e-5)
+
+
+def test_limits_and_special_tokens(model: Transformer) -> None:
+    """No more tokens than asked for, and never padding or a start token."""
+    for hypothesis in greedy_search(model, SOURCES, max_new_tokens=2):
+        assert 1 <= len(hypothesis.ids) <= 2
+    for beams in beam_search(model, SOURCES, num_beams=3):
+        assert len(beams) == 3
+        assert all({0, 1}.isdisjoint(hypothesis.ids) for hypothesis in beams)
+        assert [h.score(1.0) for h in beams] == sorted((h.score(1.0) for h in beams), reverse=True)

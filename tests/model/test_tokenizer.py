@@ -1,0 +1,55 @@
+"""The tokenizer: every text comes back as it was, and no text becomes a special token."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from model.tokenizer import SPECIAL_TOKENS, encode_texts, tokenizer_from_json, train_tokenizer
+
+CORPUS = ["Where is the train station?", "Wo ist der Bahnhof?", "the cat sat on the mat", "naïve café Straße"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return tokenizer_from_json(train_tokenizer(CORPUS, 300).to_str())
+
+
+def test_special_tokens_have_the_first_ids(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.token_to_id(token) for token in SPECIAL_TOKENS] == [0, 1, 2]
+    assert tokenizer.get_vocab_size() == 300
+
+
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_every_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    """Any Unicode text that can be encoded: scripts, emoji, NUL, combining marks, odd spaces, unnormalised forms."""
+    (ids,) = encode_texts(tokenizer, [text])
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "</s>",
+        "<s> <pad></s>",
+        "a</s>b",
+        "\u2581",
+        "e\u0301 \u00e9 \ufb01",
+        "\x00\x01",
+        "  two  spaces ",
+        "\r\n\t",
+        "👩‍👩‍👧‍👦 🇩🇪",
+        "\u202eabc",
+    ],
+)
+def test_hard_texts_come_back_without_special_tokens(tokenizer: Tokenizer, text: str) -> None:
+    (ids,) = encode_texts(tokenizer, [text])
+    assert min(ids) > 2
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_lone_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> None:
+    (ids,) = encode_texts(tokenizer, ["a\ud800b"])
+    assert tokenizer.decode(ids) == "a\ufffdb"

@@ -1,0 +1,214 @@
+"""Training runs: they learn, continue exactly, stop early, and two processes are one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.checkpoint import Checkpoint, CheckpointError, average_weights
+from model.config import TrainingConfig
+from model.optimizer import rate_factor
+
+PROGRAM = "import sys; from service.cli import main; sys.exit(main())"
+RECIPE = """
+[model]
+vocab_size = 290
+d_model = 32
+num_heads = 2
+encoder_layers = 1
+decoder_layers = 1
+pre_norm = true
+max_source_tokens = 32
+max_target_tokens = 32
+[training]
+batch_tokens = 160
+learning_rate = 0.004
+warmup_steps = 20
+max_steps = 40
+validate_every = 20
+precision = "fp32"
+[metadata]
+name = "letters"
+license = "CC0"
+"""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Spell a word in capitals: learnable in a few hundred steps."""
+    words = ["".join("abcdefgh"[(i * k) % 8] for k in (1, 3, 5, 7)[: 1 + i % 4]) for i in range(300)]
+    (tmp_path / "pairs.tsv").write_text(
+        "".join(f"{' '.join(w)} {i}\t{' '.join(w).upper()} {i}\n" for i, w in enumerate(words))
+    )
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    return tmp_path
+
+
+def train(
+    data: Path, run: str, *options: str, processes: int = 1, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    command = (
+        [sys.executable, "-c", PROGRAM]
+        if processes == 1
+        else [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={processes}",
+            "--standalone",
+            "--no-python",
+            sys.executable,
+            "-c",
+            PROGRAM,
+        ]
+    )
+    arguments = ["train", "--recipe", str(data / "recipe.toml"), "--data", str(data / "pairs.tsv"), "--holdout", "0.05"]
+    outcome = subprocess.run(
+        [*command, *arguments, "--run", str(data / run), "--threads", "1", *options],
+        capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if check:
+        assert outcome.returncode == 0, outcome.stderr
+    return outcome
+
+
+def log(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in log(run, "step")]
+
+
+def test_a_stopped_run_continues_with_the_same_losses(data: Path) -> None:
+    """20 steps, a stop, 20 more: losses, weights and validation are those of 40 steps at once, dropout included.
+
+    The stop falls within an epoch; joined pairs and the moving average of the weights are on.
+    """
+    options = (
+        "--set",
+        "training.join_share=0.2",
+        "--set",
+        "training.ema_decay=0.9",
+        "--set",
+        "training.optimizer='muon'",
+    )
+    train(data, "whole", *options)
+    train(data, "parts", *options, "--set", "training.max_steps=20")
+    train(data, "parts", *options, "--resume")
+    assert losses(data / "parts") == losses(data / "whole")
+    assert len(losses(data / "whole")) == 40
+    assert log(data / "parts", "validation")[-1]["bleu"] == log(data / "whole", "validation")[-1]["bleu"]
+    whole, parts = (Checkpoint.load(data / run / "model.pt") for run in ("whole", "parts"))
+    assert all(bool((whole.weights[name] == parts.weights[name]).all()) for name in whole.weights)
+    assert (data / "whole" / "curves.png").stat().st_size > 1000
+
+
+def test_two_processes_learn_what_one_does(data: Path) -> None:
+    """Under torchrun each process takes one of every two batches, and the loss is that of both together."""
+    options = ("--set", "model.dropout=0.0", "--set", "training.validate_every=10", "--set", "training.max_steps=10")
+    train(data, "two", *options, processes=2)
+    train(data, "one", *options)
+    two, one = log(data / "two", "step"), log(data / "one", "step")
+    assert [line["tokens"] for line in two[:5]] == [
+        a["tokens"] + b["tokens"] for a, b in zip(one[::2], one[1::2], strict=True)
+    ]
+    # The first update of two processes starts from the weights that one process has before its first.
+    mean = (one[0]["loss"] * one[0]["tokens"] + one[1]["loss"] * one[1]["tokens"]) / two[0]["tokens"]
+    assert two[0]["loss"] == pytest.approx(mean, rel=0.05)
+    assert two[-1]["loss"] < two[0]["loss"]
+    train(
+        data,
+        "two",
+        *options,
+        "--resume",
+        "--set",
+        "training.max_steps=12",
+        "--set",
+        "training.validate_every=2",
+        processes=2,
+    )
+    assert len(losses(data / "two")) == 12
+
+
+def test_a_run_that_gains_nothing_stops_early(data: Path) -> None:
+    """At a rate of nearly nothing BLEU does not rise: patience ends the run long before its last step."""
+    train(
+        data,
+        "idle",
+        "--set",
+        "training.learning_rate=1e-9",
+        "--set",
+        "training.patience=2",
+        "--set",
+        "training.validate_every=5",
+    )
+    assert len(losses(data / "idle")) == 15
+    assert (data / "idle" / "model.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_to_spell(data: Path) -> None:
+    """A few hundred steps bring the validation BLEU of a copying task above 60 and the loss far down."""
+    train(
+        data,
+        "learns",
+        "--set",
+        "training.max_steps=900",
+        "--set",
+        "training.validate_every=300",
+        "--set",
+        "training.average_checkpoints=2",
+    )
+    assert log(data / "learns", "validation")[-1]["bleu"] > 60
+    final = Checkpoint.load(data / "learns" / "model.pt")
+    assert final.metadata["name"] == "letters"
+    assert final.metadata["valid_bleu"] >= max(line["bleu"] for line in log(data / "learns", "validation")) - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--set", "training.steps=3"), "training.steps"),
+        (("--set", "max_steps=3"), "TABLE.FIELD=VALUE"),
+        (("--holdout", "0.7"), "--holdout"),
+        (("--resume",), "no such checkpoint"),
+        (("--data", "missing.tsv"), "missing.tsv"),
+    ],
+)
+def test_a_wrong_command_ends_with_one_line_that_names_it(data: Path, options: tuple[str, ...], message: str) -> None:
+    outcome = train(data, "run", *options, check=False)
+    assert outcome.returncode == 2
+    assert message in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_checkpoint_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"model.pt: not a checkpoint"):
+        Checkpoint.load(path)
+
+
+def test_average_of_weights_is_their_mean() -> None:
+    import torch
+
+    average = average_weights([{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}])
+    assert torch.equal(average["w"], torch.tensor([2.0, 4.0]))
+
+
+def test_the_learning_rate_warms_up_falls_and_cools_down() -> None:
+    """Linear to the highest rate at the end of the warm-up, half of it at four times that step, zero after the last."""
+    config = TrainingConfig(warmup_steps=100, max_steps=1000, cooldown_steps=100)
+    assert rate_factor(49, config) == pytest.approx(0.5)
+    assert rate_factor(99, config) == pytest.approx(1.0)
+    assert rate_factor(399, config) == pytest.approx(0.5)
+    assert rate_factor(950, config) == pytest.approx(0.5 * (100 / 951) ** 0.5, rel=1e-6)
+    assert rate_factor(1000, config) == 0.0
