@@ -72,7 +72,7 @@ class Engine:
         self._door = threading.Lock()
         self._status: Status = "new"  # written behind the door
         self._accepted = 0  # sequences ever, written behind the door
-        self._left_line = 0  # of these, how many no longer wait: written by the engine's thread
+        self._core: Core | None = None
         self._drain_deadline: float | None = None
         self._decided = threading.Event()  # ready, or never
         self._failure: StartupError | None = None
@@ -88,7 +88,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Sequences that were accepted and that nobody works on yet."""
-        return self._accepted - self._left_line
+        return self._accepted - (0 if self._core is None else self._core.scheduler.left_line)
 
     def start(self) -> None:
         """Start the thread: open the sessions, run the self-test, warm up. Returns at once."""
@@ -156,7 +156,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
-            core = self._open_core()
+            self._core = core = self._open_core()
         except Exception as error:
             if not isinstance(error, StartupError):
                 log.exception("starting failed")
@@ -170,7 +170,6 @@ class Engine:
                 core.iterate()
             except Exception:
                 self._recover(core)
-            self._left_line = core.scheduler.left_line
         self._close(core)
 
     def _take_commands(self, core: Core) -> bool:
@@ -194,7 +193,6 @@ class Engine:
                 core.add(sequences)
             case _Cancel(sequences):
                 core.cancel(sequences)
-                self._left_line = core.scheduler.left_line
             case _Drain(deadline):
                 self._drain_deadline = min(deadline, math.inf if self._drain_deadline is None else self._drain_deadline)
 
@@ -210,7 +208,6 @@ class Engine:
         except queue.Empty:
             pass
         core.fail_all(Unavailable("the service stopped before this request's turn was over"))
-        self._left_line = core.scheduler.left_line
 
     def _become(self, status: Status) -> None:
         with self._door:

@@ -45,6 +45,8 @@ class Scheduler:
         self.rows_in_use = 0
         self.added = 0
         """Sequences ever added."""
+        self.left_line = 0
+        """Sequences that do not wait any more. One number, so that another thread may read it."""
         self.finished = 0
         """Sequences that left, from the line or from their rows."""
         self._lines: dict[Kind, OrderedDict[Sequence, int]] = {"generate": OrderedDict(), "encode": OrderedDict()}
@@ -55,11 +57,6 @@ class Scheduler:
     def waiting(self) -> int:
         """Sequences in line."""
         return sum(map(len, self._lines.values()))
-
-    @property
-    def left_line(self) -> int:
-        """Sequences ever that came and do not wait any more."""
-        return self.added - self.waiting
 
     @property
     def running(self) -> int:
@@ -103,7 +100,7 @@ class Scheduler:
             if spent and spent + length > self.encode_tokens:
                 break
             spent += length
-            del self._lines[sequence.kind][sequence]
+            self._leave_line(sequence)
             sequence.stage = Stage.RUNNING
             self._running.add(sequence)
             self.rows_in_use += sequence.rows
@@ -114,7 +111,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """It is done, for whatever reason and wherever it is: it leaves the line, or its rows become free."""
         if sequence.stage is Stage.WAITING:
-            del self._lines[sequence.kind][sequence]
+            self._leave_line(sequence)
         else:
             self._running.remove(sequence)
             self.rows_in_use -= sequence.rows
@@ -136,10 +133,15 @@ class Scheduler:
             raise RuntimeError(
                 f"running sequences hold {rows} rows, the books say {self.rows_in_use} of {self.max_rows}"
             )
-        if self.added != self.waiting + self.running + self.finished:
+        if self.added != self.waiting + self.running + self.finished or self.left_line != self.added - self.waiting:
             raise RuntimeError(
-                f"{self.added} sequences came, {self.waiting} wait, {self.running} run, {self.finished} are finished"
+                f"{self.added} sequences came, {self.waiting} wait, {self.running} run, {self.finished} are finished, "
+                f"{self.left_line} left the line"
             )
+
+    def _leave_line(self, sequence: Sequence) -> None:
+        del self._lines[sequence.kind][sequence]
+        self.left_line += 1
 
     def _oldest_that_fits(self) -> Sequence | None:
         heads = [(line[head], head) for line in self._lines.values() if (head := next(iter(line), None)) is not None]

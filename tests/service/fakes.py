@@ -55,6 +55,10 @@ def says(source_ids: list[int], limit: int) -> list[int]:
     return ids
 
 
+TALKATIVE = [source for place in range(3, VOCAB) if EOS not in says(source := [3, place], LONGEST_TARGET)]
+"""Sources whose answers do not end by themselves."""
+
+
 class FakeRunner:
     """Executes nothing but arithmetic. `fail` names the calls that raise: "encode_into", "encode", "step"."""
 

@@ -17,6 +17,7 @@ from tests.service.fakes import (
     EOS,
     LONGEST_SOURCE,
     LONGEST_TARGET,
+    TALKATIVE,
     VOCAB,
     Client,
     Clock,
@@ -28,9 +29,7 @@ from tests.service.fakes import (
     says,
 )
 
-LONG = next([3, place] for place in range(3, VOCAB) if EOS not in says([3, place], LONGEST_TARGET))
-"""A source whose answer does not end by itself."""
-
+LONG = TALKATIVE[0]
 SOURCES = st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=LONGEST_SOURCE)
 
 
