@@ -19,7 +19,7 @@ def register_train(subparsers: Any) -> None:
     train = subparsers.add_parser(
         "train",
         help="train a transformer on parallel text",
-        description="Train a transformer on parallel text. A stopped run continues from RUN/last.pt with --resume.",
+        description="Train a transformer on parallel text. A stopped run continues from OUTPUT/last.pt with --resume.",
     )
     train.add_argument(
         "--recipe", type=Path, required=True, help="TOML file with the tables [model], [training], [metadata]"
@@ -31,9 +31,9 @@ def register_train(subparsers: Any) -> None:
     train.add_argument("--valid", type=Path, nargs="+", metavar="FILE", help="validation pairs, in the same form")
     train.add_argument(
         "--holdout", type=float, default=0.0, metavar="SHARE",
-        help="without --valid: hold back this share of the sentences for validation, and as much for RUN/test.tsv",
+        help="without --valid: hold back this share of the sentences for validation, and as much for OUTPUT/test.tsv",
     )  # fmt: skip
-    train.add_argument("--run", type=Path, required=True, help="directory of the run: checkpoints, log, picture")
+    train.add_argument("--output", type=Path, required=True, help="directory of the run: checkpoints, log, picture")
     train.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
     train.add_argument(
         "--set",
@@ -101,7 +101,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logger = logging.getLogger("transduce.train")
-    run: Path = arguments.run
+    run: Path = arguments.output
     rank = int(os.environ.get("RANK", "0"))
     try:
         recipe, metadata = read_recipe(arguments.recipe, arguments.set)
@@ -111,7 +111,9 @@ def run_train(arguments: argparse.Namespace) -> int:
         if not 0.0 <= arguments.holdout < 0.5:
             raise ConfigurationError(f"--holdout must be at least 0 and below 0.5, not {arguments.holdout}")
         if last is None and (run / "last.pt").exists():
-            raise ConfigurationError(f"{run} holds a run already: continue it with --resume, or choose another --run")
+            raise ConfigurationError(
+                f"{run} holds a run already: continue it with --resume, or choose another --output"
+            )
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         run.mkdir(parents=True, exist_ok=True)

@@ -207,7 +207,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation.replace("'", "").repl
 def epoch_batches(
     corpus: Corpus, tokenizer: Tokenizer, model: TransformerConfig, config: TrainingConfig, epoch: int, bad: BadRows
 ) -> Iterator[Batch]:
-    """All pairs once, in batches of similar length and an order that (seed, epoch) fixes. Too long rows are left out."""
+    """All pairs once, in batches of similar length and an order that (seed, epoch) fixes. Longer rows are left out."""
     rng = np.random.default_rng([config.seed, epoch])
     order = rng.permutation(len(corpus))
     for start in range(0, len(order), config.pool_pairs):

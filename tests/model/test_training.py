@@ -70,7 +70,7 @@ def train(
     )
     arguments = ["train", "--recipe", str(data / "recipe.toml"), "--data", str(data / "pairs.tsv"), "--holdout", "0.05"]
     outcome = subprocess.run(
-        [*command, *arguments, "--run", str(data / run), "--threads", "1", *options],
+        [*command, *arguments, "--output", str(data / run), "--threads", "1", *options],
         capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     if check:
