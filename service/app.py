@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -23,7 +23,7 @@ from service.problem import add_problem_handlers, validation_failed
 from service.schemas import EncodeRequest, EncodeResponse, GenerateRequest, GenerateResponse, ModelList
 from service.served_model import ServedModel
 
-Asked = TypeVar("Asked", bound=BaseModel)
+Asked = TypeVar("Asked", GenerateRequest, EncodeRequest)
 
 _KEEP_ALIVE_BODY = 64 * 1024
 """An unread body up to this long (bytes) is left to the server, which skips it and keeps the connection."""
@@ -57,7 +57,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
-    @app.post("/v1/generate", **operation("generate", GenerateRequest, GenerateResponse))
+    @app.post("/v1/generate", **operation("generate", "Text to text", GenerateRequest, GenerateResponse))
     async def post_generate(request: Request) -> Response:
         """Translate, correct, transcribe: whatever the model turns one text into.
 
@@ -66,13 +66,15 @@ def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
         asked = await _asked(request, model, GenerateRequest)
         return await generate(model, app.state.mailbox, asked, request)
 
-    @app.post("/v1/encode", **operation("encode", EncodeRequest, EncodeResponse))
+    @app.post("/v1/encode", **operation("encode", "Text to vectors", EncodeRequest, EncodeResponse))
     async def post_encode(request: Request) -> Response:
         """The encoder's vectors of each text, pooled to one or token by token."""
         asked = await _asked(request, model, EncodeRequest)
         return await encode(model, app.state.mailbox, asked, request)
 
-    @app.get("/v1/models", response_model=ModelList, tags=["models"], operation_id="models")
+    @app.get(
+        "/v1/models", response_model=ModelList, tags=["models"], operation_id="models", summary="The models served here"
+    )
     async def get_models() -> Any:
         """The models that this server has, with their limits, data, licence and figures."""
         return ModelList(data=[model.card()])
@@ -83,6 +85,8 @@ async def _asked(request: Request, model: ServedModel, schema: type[Asked]) -> A
     model.require_ready()
     body = await read_json(request, model.settings.max_body_bytes)
     try:
-        return schema.model_validate(body)
+        asked = schema.model_validate(body)
     except ValidationError as error:
         raise validation_failed(error) from None
+    request.state.inputs = len(asked.inputs)
+    return asked

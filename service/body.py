@@ -27,7 +27,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The whole body, at most `limit` bytes; TooLarge as soon as that is known, without reading further."""
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdecimal() and int(declared) > limit:
-        raise _too_large(limit, f"{int(declared):,} bytes")
+        raise _too_large(limit, f"{int(declared):,}")
     body = bytearray()
     while True:
         message = await request.receive()
@@ -35,13 +35,13 @@ async def read_body(request: Request, limit: int) -> bytes:
             raise ClientDisconnect
         body += message.get("body", b"")
         if len(body) > limit:
-            raise _too_large(limit, "longer")
+            raise _too_large(limit, f"more than {limit:,}")
         if not message.get("more_body", False):
             return bytes(body)
 
 
 def _too_large(limit: int, length: str) -> TooLarge:
-    return TooLarge(f"the body is {length}, the limit is {limit:,} bytes; send fewer inputs per call")
+    return TooLarge(f"the body has {length} bytes, the limit is {limit:,}; send fewer inputs per call")
 
 
 async def read_json(request: Request, limit: int) -> Any:

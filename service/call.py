@@ -29,7 +29,7 @@ class SubmitsSequences(Protocol):
 
 
 class EngineRefusal(Exception):
-    """The engine refused or failed a sequence, and has counted that itself."""
+    """The engine refused or failed a sequence."""
 
     def __init__(self, error: RequestError) -> None:
         super().__init__(str(error))

@@ -16,6 +16,9 @@ GROUP = "transduce.commands"
 
 _OWN = ("serve", "translate", "check")
 
+_OF_OTHER_PACKAGES = ("train", "evaluate", "export")
+"""Named so that an installation of the service alone can say what they need."""
+
 _EXTRA_OF = {
     "onnxruntime": "transduce[cpu]' (or 'transduce[gpu]",
     "model": "transduce[train]",
@@ -58,17 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> dict[str, str]:
     """Add every command that is installed; of the others, the sentence that says what they need."""
-    absent: dict[str, str] = {}
+    absent = {name: _absent(name, "transduce[train]") for name in _OF_OTHER_PACKAGES}
     for point in _commands():
         try:
             register = point.load()
         except ModuleNotFoundError as error:
             if (sentence := _remedy(error)) is None:
                 raise
-            absent[point.name] = f"{point.name}: {sentence}"
-            subparsers.add_parser(point.name, help=f"(not installed: {sentence})", add_help=False)
+            absent[point.name] = sentence
         else:
+            absent.pop(point.name, None)
             register(subparsers)
+    for name, sentence in absent.items():
+        subparsers.add_parser(name, help=f"not installed here: {sentence.partition('; ')[2]}", add_help=False)
     return absent
 
 
@@ -81,9 +86,11 @@ def _commands() -> list[EntryPoint]:
 
 def _remedy(error: ModuleNotFoundError) -> str | None:
     package = (error.name or "").partition(".")[0]
-    if package not in _EXTRA_OF:
-        return None
-    return f"the package {package} is not installed; pip install '{_EXTRA_OF[package]}'"
+    return _absent(package, _EXTRA_OF[package]) if package in _EXTRA_OF else None
+
+
+def _absent(name: str, extra: str) -> str:
+    return f"{name} is not installed; pip install '{extra}'"
 
 
 def _fail(message: str, status: int = 2) -> int:

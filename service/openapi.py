@@ -61,10 +61,11 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
 }
 
 
-def operation(name: str, request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
+def operation(name: str, summary: str, request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
     """What FastAPI is told of a POST route: its name, the body it takes, the answers it gives."""
     return {
         "operation_id": name,
+        "summary": summary,
         "tags": ["models"],
         "response_model": response,
         "responses": {status: _error(status) for status in _ERRORS} | _answers(name),

@@ -14,7 +14,7 @@ from service.served_model import ServedModel
 def add_probes(app: FastAPI, model: ServedModel) -> None:
     """Add /healthz, /readyz, /metrics and /."""
 
-    @app.get("/healthz", tags=["operations"], operation_id="healthz")
+    @app.get("/healthz", tags=["operations"], operation_id="healthz", summary="Alive")
     async def healthz() -> Health:
         """200 while the process answers at all."""
         return Health(status="alive")
@@ -23,6 +23,7 @@ def add_probes(app: FastAPI, model: ServedModel) -> None:
         "/readyz",
         tags=["operations"],
         operation_id="readyz",
+        summary="Ready to answer",
         response_model=Health,
         responses={503: {"model": ErrorResponse, "description": "Still loading, or shutting down."}},
     )
@@ -38,6 +39,7 @@ def add_probes(app: FastAPI, model: ServedModel) -> None:
         "/metrics",
         tags=["operations"],
         operation_id="metrics",
+        summary="Prometheus metrics",
         response_class=Response,
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )

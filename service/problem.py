@@ -36,14 +36,18 @@ def problem_response(error: TransduceError, request_id: str, headers: dict[str, 
 def add_problem_handlers(app: FastAPI, metrics: Metrics) -> None:
     """Make `app` answer its own refusals (unknown route, wrong method) and this service's errors in the one shape."""
 
-    async def on_transduce_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, TransduceError)
-        metrics.count_failure(error.type)
+    def refused(request: Request, error: TransduceError) -> Response:
+        # A metric's request is one input of a call; a body that could not be read counts as one.
+        metrics.count_failure(error.type, getattr(request.state, "inputs", 1))
         return problem_response(error, request.state.request_id)
 
+    async def on_transduce_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, TransduceError)
+        return refused(request, error)
+
     async def on_engine_refusal(request: Request, refusal: Exception) -> Response:
-        assert isinstance(refusal, EngineRefusal)  # the engine has counted it
-        return problem_response(refusal.error, request.state.request_id)
+        assert isinstance(refusal, EngineRefusal)
+        return refused(request, refusal.error)
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -5,6 +5,7 @@ contract's JSON (400), and a head longer than `MAX_HEAD_BYTES` is refused (431) 
 """
 
 import asyncio
+import re
 from typing import Any
 
 import orjson
@@ -18,6 +19,10 @@ MAX_HEAD_BYTES = 64 * 1024
 HEAD_SECONDS = 30.0
 """How long a connection may take to send the head of a request."""
 
+_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+"""An offer to change the protocol, which this server declines by ignoring it. httptools would take the body of such a
+request for the other protocol and drop it; Java's client makes the offer (h2c) with every first request."""
+
 
 class HeadTooLarge(Exception):
     """The request line and headers together pass MAX_HEAD_BYTES."""
@@ -29,6 +34,7 @@ class Protocol(HttpToolsProtocol):
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
     _refused = False
+    _in_head = True
 
     def connection_made(self, transport: Any) -> None:
         """A connection that sends no complete head in time is closed: an idle one must not cost a socket forever."""
@@ -42,8 +48,12 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Bytes arrived; after a refusal the rest of them is dropped until the client has closed."""
-        if not self._refused:
-            super().data_received(data)
+        if self._refused:
+            return
+        if self._in_head and _UPGRADE.search(data, 0, MAX_HEAD_BYTES):
+            head, end, rest = data.partition(b"\r\n\r\n")
+            data = _UPGRADE.sub(b"\r\nx-upgrade:", head) + end + rest
+        super().data_received(data)
 
     def on_message_begin(self) -> None:
         """A request starts."""
@@ -63,8 +73,14 @@ class Protocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is whole."""
+        self._in_head = False
         self._stop_head_timer()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The body is whole."""
+        self._in_head = True
+        super().on_message_complete()
 
     def _start_head_timer(self) -> None:
         if self._head_timer is None:

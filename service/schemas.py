@@ -63,9 +63,9 @@ class Closed(BaseModel):
 class Parameters(Closed):
     """How to generate. The names have the meaning that they have in Hugging Face transformers."""
 
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = Field(
+    max_new_tokens: int | None = Field(
         default=None,
-        description="Most tokens to generate, end token included; by default and at most, the model's limit.",
+        description="Most tokens to generate, end token included: from 1 to the model's limit, which is the default.",
     )
     length_penalty: Annotated[float, _within(-10, 10)] = Field(
         default=1.0, description="`score` is divided by (number of tokens) ** length_penalty; 0 gives the plain sum."

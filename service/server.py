@@ -32,7 +32,7 @@ KEEP_ALIVE_SECONDS = 75
 _BACKLOG = 2048
 
 
-class _Uvicorn(uvicorn.Server):
+class UvicornServer(uvicorn.Server):
     """uvicorn without signals."""
 
     @contextlib.contextmanager
@@ -60,9 +60,9 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(app: FastAPI, engine: ModelEngine, settings: Settings, listener: socket.socket) -> int:
-    """Serve until a signal; the process's exit status."""
-    config = uvicorn.Config(
+def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves `app`."""
+    return uvicorn.Config(
         app,
         http=Protocol,
         ws="none",
@@ -75,8 +75,13 @@ def serve(app: FastAPI, engine: ModelEngine, settings: Settings, listener: socke
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
+
+
+def serve(app: FastAPI, engine: ModelEngine, settings: Settings, listener: socket.socket) -> int:
+    """Serve until a signal; the process's exit status."""
+    config = configure(app, settings)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        return runner.run(_Life(_Uvicorn(config), engine, settings).run(listener))
+        return runner.run(_Life(UvicornServer(config), engine, settings).run(listener))
 
 
 class _Life:
@@ -131,8 +136,7 @@ class _Life:
             logger.exception("the engine did not start")
             self._fail()
         else:
-            facts = " ".join(f"{key}={value}" for key, value in self._engine.describe().items())
-            logger.info("ready %s", facts)
+            logger.info("ready")
 
     def _fail(self) -> None:
         self._status = 2

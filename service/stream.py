@@ -70,18 +70,19 @@ class EventStream(Response):
             except ClientDisconnect:
                 raise
             except EngineRefusal as refusal:
-                await send(self._last(refusal.error))
+                await self._fail(refusal.error, send)
                 return
             except Exception:
                 logger.exception("unexpected error in a stream request_id=%s", self._request_id)
-                error = TransduceError("internal error; the server's log has it under this request_id")
-                self._generation.model.metrics.count_failure(error.type)
-                await send(self._last(error))
+                await self._fail(TransduceError("internal error; the server's log has it under this request_id"), send)
                 return
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
-    def _last(self, error: TransduceError) -> dict[str, Any]:
-        return {"type": "http.response.body", "body": _data(problem(error, self._request_id)), "more_body": False}
+    async def _fail(self, error: TransduceError, send: Send) -> None:
+        """The status is out: the failure is the last event, and no [DONE] follows."""
+        self._generation.model.metrics.count_failure(error.type)
+        body = _data(problem(error, self._request_id))
+        await send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         """The events, several in one chunk if several had come."""

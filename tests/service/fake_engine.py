@@ -25,7 +25,7 @@ class ByteTokenizer:
     """A token is a byte; ids from 3 on, as after pad, bos and eos."""
 
     eos_id = EOS
-    table = [b"", b"", b"", *(bytes([byte]) for byte in range(256))]
+    table = (b"", b"", b"", *(bytes([byte]) for byte in range(256)))
 
     def encode(self, text: str) -> list[int]:
         return [*(byte + 3 for byte in text.encode()), EOS]
@@ -40,7 +40,7 @@ class ByteTokenizer:
         return self.table[id].decode(errors="replace")
 
     def detokenizer(self) -> Detokenizer:
-        return Detokenizer(self.table)
+        return Detokenizer(list(self.table))
 
 
 class FakeEngine:

@@ -1,0 +1,165 @@
+"""POST /v1/generate without a stream, against the engine that says every text back."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.schemas import GenerateResponse
+from tests.service.fake_engine import FakeEngine, fake_model
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def client(engine: FakeEngine) -> Iterator[TestClient]:
+    with TestClient(create_app(fake_model(engine, max_inputs=8))) as client:
+        yield client
+
+
+def generate(client: TestClient, inputs: Any, **parameters: Any) -> dict[str, Any]:
+    response = client.post("/v1/generate", json={"inputs": inputs, "parameters": parameters})
+    assert response.status_code == 200, response.text
+    GenerateResponse.model_validate(response.json())
+    return response.json()
+
+
+def texts(answer: dict[str, Any]) -> list[str]:
+    return [output["sequences"][0]["text"] for output in answer["outputs"]]
+
+
+def test_one_text_gives_one_output(client: TestClient) -> None:
+    """A single string is a list of one; usage counts end tokens."""
+    answer = generate(client, "Where is the station?")
+    assert texts(answer) == ["Where is the station?"]
+    assert answer["model"] == "echo"
+    assert answer["usage"] == {"source_tokens": 22, "generated_tokens": 22}
+    assert answer["outputs"][0]["sequences"] == [{"text": "Where is the station?", "finish_reason": "stop"}]
+
+
+def test_a_list_is_answered_in_order(client: TestClient) -> None:
+    """One output per input, in order, however long each took."""
+    inputs = ["a long one that takes more steps", "b", "", "c c"]
+    assert texts(generate(client, inputs)) == inputs
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Grüße",
+        "汉字",
+        "🦜🇩🇪",
+        "a\x00b",
+        "nul\u0000",
+        "\u202eright",
+        "</s><pad>",
+        "\ufeffbom",
+        "e\u0301",
+        "a\r\nb\u2028c",
+    ],
+)
+def test_any_text_goes_through(client: TestClient, text: str) -> None:
+    """Any script, emoji, control characters and the spelling of special tokens are text like any other."""
+    assert texts(generate(client, text)) == [text]
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n\t ", "\u3000\u00a0"])
+def test_blank_text_gives_empty_text_without_the_engine(client: TestClient, engine: FakeEngine, blank: str) -> None:
+    """Nothing to say is answered with nothing, finish reason stop, score 0; the engine is not asked."""
+    answer = generate(client, [blank], return_scores=True, return_tokens=True)
+    assert answer["outputs"][0]["sequences"] == [{"text": "", "finish_reason": "stop", "score": 0.0, "tokens": []}]
+    assert answer["usage"] == {"source_tokens": 0, "generated_tokens": 0}
+    assert engine.submitted == 0
+
+
+def test_lone_surrogates_become_replacement_characters(client: TestClient) -> None:
+    """A JSON escape can spell what UTF-8 cannot; it is answered, not refused, and the answer is valid UTF-8."""
+    response = client.post("/v1/generate", content=rb'{"inputs": ["\ud800 x", "\udfff", "\ud83e\udd9c"]}')
+    assert response.status_code == 200
+    assert texts(response.json()) == ["\ufffd x", "\ufffd", "🦜"]
+
+
+@pytest.mark.parametrize(
+    "content_type", [None, "application/x-www-form-urlencoded", "text/plain", "multipart/form-data"]
+)
+def test_the_content_type_is_not_asked(client: TestClient, content_type: str | None) -> None:
+    """`curl -d` announces a form; the body is JSON all the same."""
+    headers = {} if content_type is None else {"content-type": content_type}
+    response = client.post("/v1/generate", content=b'{"inputs": "a"}', headers=headers)
+    assert texts(response.json()) == ["a"]
+
+
+def test_a_byte_order_mark_before_the_body_is_skipped(client: TestClient) -> None:
+    """Some shells write one."""
+    assert client.post("/v1/generate", content=b'\xef\xbb\xbf{"inputs": "a"}').status_code == 200
+
+
+def test_score_is_the_sum_over_a_power_of_the_length(client: TestClient) -> None:
+    """Three tokens of -0.5: the sum is -1.5 with penalty 0, its mean with 1, a ninth of it with 2."""
+    found = [
+        generate(client, "ab", return_scores=True, length_penalty=penalty)["outputs"][0]["sequences"][0]["score"]
+        for penalty in (0, 1, 2.0)
+    ]
+    assert found == [-1.5, -0.5, pytest.approx(-1.5 / 9)]
+
+
+def test_the_texts_of_tokens_join_to_the_text(client: TestClient) -> None:
+    """A token that ends a character gives the whole of it, one that cuts it gives nothing."""
+    sequence = generate(client, "né🦜", return_tokens=True)["outputs"][0]["sequences"][0]
+    assert "".join(token["text"] for token in sequence["tokens"]) == "né🦜"
+    assert [token["logprob"] for token in sequence["tokens"]] == [-0.5] * 8
+    assert "score" not in sequence
+
+
+def test_max_new_tokens_ends_a_text(client: TestClient) -> None:
+    """With finish reason length; by default the limit is the model's."""
+    answer = generate(client, "abcdef", max_new_tokens=3)
+    assert answer["outputs"][0]["sequences"] == [{"text": "abc", "finish_reason": "length"}]
+    assert generate(client, "a" * 60)["usage"]["generated_tokens"] == 48
+
+
+def test_truncate_cuts_to_the_limit(client: TestClient) -> None:
+    """The first tokens that fit are kept, with the end token; a megabyte is cut without being tokenised whole."""
+    for text in ("x" * 64, "x" * 1_000_000):
+        assert generate(client, text, truncate=True)["usage"]["source_tokens"] == 64
+
+
+def test_a_timeout_while_generating_gives_what_there_is() -> None:
+    """200, with finish reason timeout and the text so far."""
+    with TestClient(create_app(fake_model(FakeEngine(step_seconds=0.02)))) as client:
+        sequence = generate(client, "a" * 40, timeout=0.1)["outputs"][0]["sequences"][0]
+    assert sequence["finish_reason"] == "timeout"
+    assert 0 < len(sequence["text"]) < 40
+
+
+def test_null_means_left_out(client: TestClient) -> None:
+    """A client that sends every field it knows may send null for those it does not set."""
+    names = ["max_new_tokens", "timeout", "num_beams", "temperature", "stop", "prefix", "length_penalty", "truncate"]
+    assert texts(generate(client, "a", **dict.fromkeys(names))) == ["a"]
+
+
+def test_the_values_that_greedy_means_are_accepted(client: TestClient) -> None:
+    """Naming greedy decoding's own values is no error."""
+    assert texts(generate(client, "a", num_beams=1, do_sample=False, temperature=1, num_return_sequences=1)) == ["a"]
+
+
+def test_a_failed_input_fails_its_call_and_cancels_the_others(client: TestClient, engine: FakeEngine) -> None:
+    """One call has one status; what still ran for it is given up."""
+    engine.step_seconds = 0.005
+    response = client.post("/v1/generate", json={"inputs": ["poison", "a" * 40]})
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "engine_failure"
+    assert len(engine.cancelled) == 1
+
+
+def test_the_model_can_be_named(client: TestClient) -> None:
+    """By its own name; another is 404."""
+    assert client.post("/v1/generate", json={"inputs": "a", "model": "echo"}).status_code == 200
+    response = client.post("/v1/generate", json={"inputs": "a", "model": "other"})
+    assert response.status_code == 404
+    assert "'echo'" in response.json()["error"]["message"]
