@@ -29,6 +29,8 @@ ort.disable_telemetry_events()
 ort.set_default_logger_severity(3)
 
 _PROVIDERS: dict[VariantName, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_CUDA_OPTIONS = {"arena_extend_strategy": "kSameAsRequested", "use_tf32": "0"}
+"""Memory grows by what is needed, and products of floats keep all their bits."""
 _HOST_INPUTS = ("last_ids", "positions", "source_lengths")
 
 log = logging.getLogger(__name__)
@@ -220,7 +222,7 @@ class Runner:
         provider: tuple[str, dict[str, str]] = (_PROVIDERS[self.variant], {})
         if self.variant == "cuda":
             ort.preload_dlls()
-            provider[1].update(device_id=str(self._device_id), arena_extend_strategy="kSameAsRequested", use_tf32="0")
+            provider = (_PROVIDERS["cuda"], {"device_id": str(self._device_id), **_CUDA_OPTIONS})
         path = artifact.graph(graph)
         try:
             session = ort.InferenceSession(str(path), options, providers=[provider])
