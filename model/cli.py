@@ -167,7 +167,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
     from model.checkpoint import Checkpoint, CheckpointError
     from model.data import BadRows, DataError, grouped_references, read_pairs
-    from model.evaluation import evaluate, translator
+    from model.evaluation import Translate, evaluate, translator
+    from model.tokenizer import tokenizer_from_json
 
     try:
         if arguments.num_beams < 1:
@@ -183,11 +184,18 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         if not references:
             raise DataError("no usable pair to evaluate on")
         if arguments.model.is_dir():
-            from export.decoding import ArtifactDecoder
+            # The one place where model/ reaches for export/: an artifact is judged by what its graphs give.
+            from export.artifact_decoder import ArtifactDecoder
 
             decoder = ArtifactDecoder(arguments.model, threads=arguments.threads)
-            tokenizer, eos_id = decoder.tokenizer, decoder.eos_id
-            translate = decoder.translator(arguments.num_beams, arguments.length_penalty)
+            tokenizer = tokenizer_from_json((arguments.model / "tokenizer.json").read_text(encoding="utf-8"))
+            eos_id = decoder.eos_id
+
+            def by_graphs(sources: list[list[int]]) -> list[list[int]]:
+                found = decoder.beam(sources, arguments.num_beams, arguments.length_penalty)
+                return [hypotheses[0].ids for hypotheses in found]
+
+            translate: Translate = by_graphs
         else:
             checkpoint = Checkpoint.load(arguments.model)
             tokenizer, eos_id = checkpoint.tokenizer, checkpoint.recipe.model.eos_id
