@@ -84,6 +84,8 @@ async def _asked(request: Request, model: ServedModel, schema: type[Asked]) -> A
     """The body of a request, checked. Readiness comes first: a server that cannot answer reads nothing."""
     model.require_ready()
     body = await read_json(request, model.settings.max_body_bytes)
+    if isinstance(body, dict) and isinstance(inputs := body.get("inputs"), list):
+        model.require_input_count(len(inputs))  # before a million of them are looked at
     try:
         asked = schema.model_validate(body)
     except ValidationError as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import uuid
+from collections.abc import Mapping
 
 import orjson
 from starlette.requests import Request
@@ -17,11 +18,13 @@ from service.vectors import as_base64, normalized, pool
 MAX_NUMBERS = 1 << 23
 """Numbers in one answer (32 MiB as float32): `pooling: none` can ask for a gigabyte in a small request."""
 
+_INLINE_NUMBERS = 10_000
+"""Answers of fewer numbers are rendered on the event loop: sooner done than a thread is woken."""
+
 
 async def encode(model: ServedModel, mailbox: Mailbox, asked: EncodeRequest, request: Request) -> Response:
     """Answer one request. An empty text is its end token alone."""
     model.require_name(asked.model)
-    model.require_input_count(len(asked.inputs))
     deadline = model.deadline(None)
     sources = await model.source_ids(dict(enumerate(asked.inputs)), truncate=asked.truncate)
     source_tokens = sum(map(len, sources.values()))
@@ -35,14 +38,17 @@ async def encode(model: ServedModel, mailbox: Mailbox, asked: EncodeRequest, req
         }
         call.submit(sequences, request.receive)
         vectors = await _all_encoded(call, asked)
-    body: dict[str, object] = {
+    body = {
         "id": f"enc-{uuid.uuid4().hex}",
         "model": model.artifact.name,
-        "embeddings": [],
         "usage": {"source_tokens": source_tokens},
     }
     ordered = [vectors[index] for index in range(len(vectors))]
-    return Response(await asyncio.to_thread(_rendered, body, ordered, asked), media_type="application/json")
+    if sum(one.size for one in ordered) < _INLINE_NUMBERS:
+        content = _rendered(body, ordered, asked)
+    else:
+        content = await asyncio.to_thread(_rendered, body, ordered, asked)
+    return Response(content, media_type="application/json")
 
 
 async def _all_encoded(call: Call, asked: EncodeRequest) -> dict[int, Floats]:
@@ -57,7 +63,13 @@ async def _all_encoded(call: Call, asked: EncodeRequest) -> dict[int, Floats]:
     return vectors
 
 
-def _rendered(body: dict[str, object], vectors: list[Floats], asked: EncodeRequest) -> bytes:
-    """JSON; a float32 is written with the fewest digits that give the same float32 again."""
-    body["embeddings"] = [as_base64(one) for one in vectors] if asked.encoding_format == "base64" else vectors
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+def _rendered(body: Mapping[str, object], vectors: list[Floats], asked: EncodeRequest) -> bytes:
+    """JSON; a float32 is written with the fewest digits that give the same float32 again.
+
+    Text by text, so that a large answer, rendered in a thread, does not hold the interpreter from beginning to end.
+    """
+    if asked.encoding_format == "base64":
+        pieces = [orjson.dumps(as_base64(one)) for one in vectors]
+    else:
+        pieces = [orjson.dumps(one, option=orjson.OPT_SERIALIZE_NUMPY) for one in vectors]
+    return orjson.dumps(body).removesuffix(b"}") + b',"embeddings":[' + b",".join(pieces) + b"]}"

@@ -1,7 +1,7 @@
 """POST /v1/generate: texts in, generated texts out, at once or as a stream."""
 
+import asyncio
 import uuid
-from typing import Any
 
 import orjson
 from starlette.requests import Request
@@ -15,11 +15,13 @@ from service.sequence import Failed, Finished, GenerateParameters
 from service.served_model import ServedModel
 from service.stream import EventStream
 
+_INLINE_TOKENS = 2000
+"""Answers of fewer tokens are turned into text on the event loop: sooner done than a thread is woken."""
+
 
 async def generate(model: ServedModel, mailbox: Mailbox, asked: GenerateRequest, request: Request) -> Response:
     """Answer one request. Raises what the contract refuses, before the first byte of an answer."""
     model.require_name(asked.model)
-    model.require_input_count(len(asked.inputs))
     parameters = GenerateParameters(model.max_new_tokens(asked.parameters.max_new_tokens))
     deadline = model.deadline(asked.parameters.timeout)
     written = {index: text for index, text in enumerate(asked.inputs) if text and not text.isspace()}
@@ -30,7 +32,11 @@ async def generate(model: ServedModel, mailbox: Mailbox, asked: GenerateRequest,
     with Call(model.engine, mailbox) as call:
         generation.submit(call, request.receive, stream=False)
         finished = await _all_finished(call)
-    return Response(orjson.dumps(_body(generation, finished)), media_type="application/json")
+    if sum(len(event.ids) for event in finished.values()) < _INLINE_TOKENS:
+        content = _rendered(generation, finished)
+    else:
+        content = await asyncio.to_thread(_rendered, generation, finished)
+    return Response(content, media_type="application/json")
 
 
 async def _all_finished(call: Call) -> dict[int, Finished]:
@@ -44,7 +50,7 @@ async def _all_finished(call: Call) -> dict[int, Finished]:
     return finished
 
 
-def _body(generation: Generation, finished: dict[int, Finished]) -> dict[str, Any]:
+def _rendered(generation: Generation, finished: dict[int, Finished]) -> bytes:
     outputs = []
     for index in range(len(generation.asked.inputs)):
         if (event := finished.get(index)) is None:
@@ -53,7 +59,7 @@ def _body(generation: Generation, finished: dict[int, Finished]) -> dict[str, An
             text = generation.model.tokenizer.decode(event.ids)
             sequence = answer.sequence(text, event.reason, generation.extras(event.ids, event.log_probabilities))
         outputs.append({"sequences": [sequence]})
-    return {
+    body = {
         "id": generation.id,
         "model": generation.model.artifact.name,
         "outputs": outputs,
@@ -61,3 +67,4 @@ def _body(generation: Generation, finished: dict[int, Finished]) -> dict[str, An
             sum(map(len, generation.sources.values())), sum(len(event.ids) for event in finished.values())
         ),
     }
+    return orjson.dumps(body)

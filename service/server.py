@@ -37,15 +37,16 @@ class UvicornServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
         yield
 
 
 def open_socket(host: str, port: int) -> socket.socket:
     """A bound socket; SettingsError, with the remedy, if the address cannot be had."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # Of a name with several addresses (localhost) the IPv4 one: it is what 127.0.0.1 reaches.
+        family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
         listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise SettingsError(f"--host {host}: not an address to listen on ({error.strerror})") from None

@@ -12,6 +12,7 @@ from service.errors import SettingsError
 from service.settings import add_arguments, read_settings
 
 _SETTINGS = ("model", "provider", "device_id", "threads", "spinning", "max_rows", "encode_tokens")
+_STANDARD_INPUT, _STANDARD_OUTPUT = 0, 1
 
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -39,12 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     with contextlib.ExitStack() as files:
-        source = _open(arguments.input, "rb", sys.stdin.fileno())
+        source = _open(arguments.input, "rb", _STANDARD_INPUT)
         if arguments.input != "-":
             files.enter_context(source)
         # Standard input stays open: a thread may be waiting in it for the next line, and closing would wait for that.
         _refuse_same_file(arguments.input, arguments.output)
-        target = files.enter_context(_open(arguments.output, "wb", sys.stdout.fileno()))
+        target = files.enter_context(_open(arguments.output, "wb", _STANDARD_OUTPUT))
 
         from service.served_model import load
         from service.translation import Translation

@@ -1,0 +1,173 @@
+"""What only real sockets show: large bodies, clients that leave, what is no HTTP. A real server in a thread."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from service import protocol
+from tests.service.fake_engine import FakeEngine
+from tests.service.fake_server import RunningServer, running
+
+
+@pytest.fixture
+def server() -> Iterator[RunningServer]:
+    with running(FakeEngine(step_seconds=0.01)) as server:
+        yield server
+
+
+def eventually(claim: Callable[[], object], seconds: float = 5.0) -> bool:
+    """Whether `claim` becomes true in time."""
+    end = time.monotonic() + seconds
+    while not claim():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def exchange(port: int, request: bytes) -> bytes:
+    """What the server says to these bytes until it closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(request)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+        return answer
+
+
+def post(body: bytes, *headers: str) -> bytes:
+    head = ["POST /v1/generate HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_of_100_mb_is_answered_not_reset(server: RunningServer, declared: bool) -> None:
+    """A client that sends all before it reads gets the 413, whether or not it declared the length."""
+    chunk = b"x" * 1_000_000
+    content = chunk * 100 if declared else (chunk for _ in range(100))
+    response = httpx.post(f"{server.url}/v1/generate", content=content, timeout=30)
+    assert response.status_code == 413
+    assert response.json()["error"]["type"] == "too_large"
+    assert response.headers["connection"] == "close"
+
+
+def test_a_client_that_asks_first_is_told_before_it_sends(server: RunningServer) -> None:
+    """With `Expect: 100-continue` the 413 comes instead of the 100."""
+    head = b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(head)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+
+
+def test_an_unread_small_body_keeps_the_connection(server: RunningServer) -> None:
+    """A POST to nowhere is skipped, and the next request on the connection is answered."""
+    with httpx.Client() as client:
+        assert client.post(f"{server.url}/nothing", content=b"x" * 1000).status_code == 404
+        assert client.post(f"{server.url}/v1/generate", content=b'{"inputs": "a"}').status_code == 200
+
+
+def test_a_client_that_leaves_cancels_its_sequences(server: RunningServer) -> None:
+    """Without a stream: all of them, and the others' go on."""
+    other: list[int] = []
+    body = {"inputs": "b" * 40}
+    thread = threading.Thread(
+        target=lambda: other.append(httpx.post(f"{server.url}/v1/generate", json=body).status_code)
+    )
+    thread.start()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/generate", json={"inputs": ["a" * 40] * 3}, timeout=0.1)
+    assert eventually(lambda: len(server.engine.cancelled) == 3)
+    thread.join()
+    assert other == [200]
+
+
+def test_a_client_that_leaves_a_stream_cancels_its_sequences(server: RunningServer) -> None:
+    """After the first events."""
+    body = {"inputs": ["a" * 40, "b" * 40], "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/generate", json=body) as response:
+        next(response.iter_lines())
+    assert eventually(lambda: len(server.engine.cancelled) == 2)
+    assert not server.engine.open
+
+
+def test_events_come_while_the_text_is_being_made(server: RunningServer) -> None:
+    """The first one long before the last."""
+    with httpx.stream("POST", f"{server.url}/v1/generate", json={"inputs": "a" * 40, "stream": True}) as response:
+        times = [time.monotonic() for line in response.iter_lines() if line]
+    assert len(times) > 20
+    assert times[-1] - times[0] > 0.2
+
+
+def test_many_clients_each_get_their_own_answer(server: RunningServer) -> None:
+    """Sixty-four at once."""
+    server.engine.step_seconds = 0.001
+    answers: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        answer = httpx.post(f"{server.url}/v1/generate", json={"inputs": f"text {number}"}, timeout=30).json()
+        answers[number] = answer["outputs"][0]["sequences"][0]["text"]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {number: f"text {number}" for number in range(64)}
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GARBAGE\r\n\r\n",
+        b"GET /a\xffb HTTP/1.1\r\n\r\n",
+        b"POST /v1/generate HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /v1/generate HTTP/1.1\r\nContent-Length: 99999999999999999999999\r\n\r\n",
+        b"POST /v1/generate HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nabc",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+    ],
+)
+def test_what_is_no_http_is_400_in_the_one_shape(server: RunningServer, request_bytes: bytes) -> None:
+    """TLS on a plain port included."""
+    head, _, body = exchange(server.port, request_bytes).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    problem = json.loads(body)
+    assert problem["error"]["type"] == "invalid_request"
+    assert f"x-request-id: {problem['request_id']}".encode() in head
+
+
+@pytest.mark.parametrize("request_bytes", [b"GET /healthz HTTP/1.1\r\nX: %s\r\n\r\n", b"GET /%s HTTP/1.1\r\n\r\n"])
+def test_an_endless_head_is_431(server: RunningServer, request_bytes: bytes) -> None:
+    """Headers and request line are bounded in memory."""
+    answer = exchange(server.port, request_bytes % (b"a" * (protocol.MAX_HEAD_BYTES + 1)))
+    assert answer.startswith(b"HTTP/1.1 431 ")
+    assert b'"headers_too_large"' in answer
+
+
+def test_a_head_that_never_ends_is_closed(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow client costs a socket for a bounded time."""
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
+    assert exchange(server.port, b"GET /healthz HTTP/1.1\r\nX: ") == b""
+
+
+def test_an_offer_of_another_protocol_is_ignored(server: RunningServer) -> None:
+    """Java's client offers h2c with its first request; the body is read all the same."""
+    offer = ("Connection: Upgrade, HTTP2-Settings, close", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB")
+    assert b'"text":"hello"' in exchange(server.port, post(b'{"inputs": "hello"}', *offer))
+
+
+def test_http_1_0_is_answered_and_closed(server: RunningServer) -> None:
+    """As old tools and probes speak it."""
+    assert exchange(server.port, b"GET /healthz HTTP/1.0\r\n\r\n").endswith(b'{"status":"alive"}')
+
+
+def test_pipelined_requests_are_answered_in_order(server: RunningServer) -> None:
+    """Three in one packet."""
+    requests = [post(f'{{"inputs": "{word}"}}'.encode()) for word in ("one", "two")]
+    answer = exchange(server.port, b"".join([*requests, post(b'{"inputs": "three"}', "Connection: close")]))
+    assert answer.count(b"HTTP/1.1 200 OK") == 3
+    assert answer.index(b'"one"') < answer.index(b'"two"') < answer.index(b'"three"')
