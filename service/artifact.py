@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -64,7 +65,7 @@ class StateTensor(_Part):
             raise ValueError(f"a tensor of kind {self.kind} has the symbolic axis {allowed} once and no other")
         return self
 
-    @property
+    @cached_property
     def capacity_axis(self) -> int | None:
         """The axis whose length is a capacity, None if every row has a fixed size."""
         return next(

@@ -72,7 +72,7 @@ class Batch:
         length = self.positions[row]
         return self.ids[row, :length].tolist(), self.log_probabilities[row, :length].tolist()
 
-    def without(self, leaving: Ints) -> Ints:
+    def without(self, leaving: list[int]) -> Ints:
         """The dense order after these rows left: entry i is the row that comes to place i.
 
         Only the last rows move, each into a gap in front of it.

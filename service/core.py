@@ -18,7 +18,7 @@ from service.errors import DeadlineExceeded, EngineFailure, RequestError
 from service.ladder import Ladder
 from service.metrics import Metrics
 from service.scheduler import Group, Scheduler
-from service.search import GREEDY_CANDIDATES, REASONS, Candidates, Choice, endings, greedy
+from service.search import GREEDY_CANDIDATES, Candidates, Choice, endings, greedy
 from service.sequence import Encoded, Event, Failed, Finished, Floats, Sequence, Stage, Timings, Token
 from service.state import State
 
@@ -69,6 +69,7 @@ class Core:
         self._clock = clock
         self._events: list[tuple[Sequence, Event]] = []
         self._growths = self.state.growths
+        self._layout = self.state.layout
         self._last_token_at = 0.0
         metrics.rows_capacity.set(max_rows)
         metrics.state_bytes_limit.set(self.state.max_nbytes)
@@ -93,7 +94,7 @@ class Core:
                 rows.append(sequence.row)
             self._finish(sequence, "cancelled", None)
         if rows:
-            self._retire(np.array(rows))
+            self._retire(rows)
 
     def iterate(self) -> None:
         """Admit, encode, step, select, retire, post."""
@@ -190,7 +191,7 @@ class Core:
     def _take(self, choice: Choice, oldest_newcomer: int, now: float) -> None:
         batch, metrics = self.batch, self._metrics
         rows = batch.rows
-        codes = endings(batch, choice, eos_id=self._eos_id, now=now)
+        leaving = endings(batch, choice, eos_id=self._eos_id, now=now)
         batch.take(choice.ids, choice.log_probabilities)
         metrics.batch_rows.observe(rows)
         metrics.generated_tokens.inc(rows)
@@ -203,21 +204,21 @@ class Core:
         for row in batch.streams[:rows].nonzero()[0].tolist():
             token = Token(int(choice.ids[row]), float(choice.log_probabilities[row]))
             self._events.append((batch.sequences[row], token))
-        leaving = codes.nonzero()[0]
-        for row in leaving.tolist():
-            sequence, reason = batch.sequences[row], REASONS[int(codes[row])]
+        for row, reason in leaving.items():
+            sequence = batch.sequences[row]
             finished = Finished(reason, *batch.result(row), self._timings(sequence))
             self._finish(sequence, reason, finished)
-        if leaving.size:
-            self._retire(leaving)
+        if leaving:
+            self._retire(list(leaving))
 
-    def _retire(self, rows: Ints) -> None:
+    def _retire(self, rows: list[int]) -> None:
         """Take these rows out of use; the last ones fill the gaps."""
-        order = self.batch.without(rows)
-        moved = order[order != np.arange(len(order))]
-        source = self.ladder.rung(int(self.batch.source_lengths[moved].max())) if moved.size else 0
-        target = int(self.batch.positions[moved].max()) if moved.size else 0
-        self.batch.keep(order)
+        batch = self.batch
+        order = batch.without(rows)
+        moved = [old for new, old in enumerate(order.tolist()) if new != old]
+        source = self.ladder.rung(int(batch.source_lengths[moved].max())) if moved else 0
+        target = int(batch.positions[moved].max()) if moved else 0
+        batch.keep(order)
         self.state.keep(order, source=source, target=target)
         if not self.batch.rows:
             self.state.clear()
@@ -265,7 +266,9 @@ class Core:
         metrics = self._metrics
         metrics.num_requests_running.set(self.scheduler.running)
         metrics.rows_in_use.set(self.batch.rows)
-        metrics.state_bytes.set(self.state.nbytes)
+        if self.state.layout != self._layout:
+            self._layout = self.state.layout
+            metrics.state_bytes.set(self.state.nbytes)
         if self.state.growths != self._growths:
             metrics.state_growths.inc(self.state.growths - self._growths)
             self._growths = self.state.growths

@@ -141,7 +141,10 @@ class Metrics:
 
 
 class WeightedHistogram(Collector):
-    """A histogram that takes n equal observations at once: the rows of a step share their latency."""
+    """A histogram that takes n equal observations at once: the rows of a step share their latency.
+
+    One thread observes; any other may read.
+    """
 
     def __init__(self, name: str, text: str, buckets: tuple[float, ...], model_name: str) -> None:
         self._name, self._text, self._model_name = name, text, model_name

@@ -105,6 +105,8 @@ class Runner:
         self._k = np.array(0, np.int64)
         self._candidate_ids: Ints = np.empty(0, np.int64)
         self._candidate_scores: Floats = np.empty(0, np.float32)
+        self._into_state = self._encoder.io_binding()  # outputs: state tensors
+        self._to_memory = self._encoder.io_binding()  # output: memory
         self._bindings: dict[tuple[int, int, bool], ort.IOBinding] = {}
         self._bound_to: tuple[object, ...] = ()
         self._only_fetches = ort.RunOptions()
@@ -127,7 +129,8 @@ class Runner:
 
         The rows count as in use only when the caller appends them; if this raises, nothing that was in use has changed.
         """
-        binding = self._bind_sources(ids, lengths, state.source_capacity)
+        binding = self._into_state
+        self._bind_sources(binding, ids, lengths, state.source_capacity)
         for tensor, dtype in self.tensors:
             if tensor.kind == "source":
                 pointer, shape = state.pointer(tensor.name, state.rows), state.shape(tensor.name, len(ids))
@@ -137,7 +140,8 @@ class Runner:
     def encode(self, ids: Ints, lengths: Ints) -> Floats:
         """The encoder's memory, (rows, source, embedding_size); padded positions hold nothing of meaning."""
         memory: Floats = np.empty((*ids.shape, self.manifest.embedding_size), np.float32)
-        binding = self._bind_sources(ids, lengths, ids.shape[1])
+        binding = self._to_memory
+        self._bind_sources(binding, ids, lengths, ids.shape[1])
         binding.bind_output("memory", "cpu", 0, np.float32, memory.shape, memory.ctypes.data)
         self._encoder.run_with_iobinding(binding, self._only_fetches)
         return memory
@@ -182,12 +186,10 @@ class Runner:
             binding.bind_output(f"next_{name}", self.device, self._device_id, element, after, spare)
         self._reorder.run_with_iobinding(binding)
 
-    def _bind_sources(self, ids: Ints, lengths: Ints, capacity: int) -> ort.IOBinding:
-        binding = self._encoder.io_binding()
+    def _bind_sources(self, binding: ort.IOBinding, ids: Ints, lengths: Ints, capacity: int) -> None:
         binding.bind_cpu_input("source_ids", ids)
         binding.bind_cpu_input("source_lengths", lengths)
         binding.bind_cpu_input("source_capacity", np.array(capacity, np.int64))
-        return binding
 
     def _bind_step(self, batch: Batch, state: State, k: int) -> ort.IOBinding:
         binding, rows = self._decoder.io_binding(), batch.rows

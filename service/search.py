@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +11,6 @@ from service.batch import Batch
 from service.sequence import FinishReason
 
 GREEDY_CANDIDATES = 1
-
-RUNNING, STOP, LENGTH, TIMEOUT = range(4)
-REASONS: dict[int, FinishReason] = {STOP: "stop", LENGTH: "length", TIMEOUT: "timeout"}
-"""What `endings` writes, and its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +34,14 @@ def greedy(candidates: Candidates) -> Choice:
     return Choice(candidates.ids[:, 0], candidates.log_probabilities[:, 0])
 
 
-def endings(batch: Batch, choice: Choice, *, eos_id: int, now: float) -> npt.NDArray[Any]:
-    """(rows,): why each row ends with this choice, RUNNING if it does not. Ask before the batch takes the choice.
+def endings(batch: Batch, choice: Choice, *, eos_id: int, now: float) -> dict[int, FinishReason]:
+    """The rows that end with this choice, in ascending order, and why. Ask before the batch takes the choice.
 
     The end token wins over the limit of length, and that over the time: what is complete is called so.
     """
     rows = batch.rows
-    codes = np.where(batch.deadlines[:rows] <= now, TIMEOUT, RUNNING)
-    codes[batch.positions[:rows] + 1 >= batch.limits[:rows]] = LENGTH
-    codes[choice.ids == eos_id] = STOP
-    return codes
+    complete = choice.ids == eos_id
+    full = batch.positions[:rows] + 1 >= batch.limits[:rows]
+    late = batch.deadlines[:rows] <= now
+    ending = (complete | full | late).nonzero()[0].tolist()
+    return {row: "stop" if complete[row] else "length" if full[row] else "timeout" for row in ending}
