@@ -33,19 +33,17 @@ def self_test(runner: Runner, state: State, batch: Batch, ladder: Ladder) -> int
 
 
 def warm_up(runner: Runner, state: State, batch: Batch, ladder: Ladder, *, encode_tokens: int) -> None:
-    """Run every rung at its largest number of rows, largest first, then steps of many and of few rows.
+    """Encode a whole budget and then one text of every rung, longest first; then steps of many and of few rows.
 
     Allocates what traffic will need, so that the first requests are no slower than the others.
     """
-    max_rows, pad_id = state.max_rows, runner.manifest.special_tokens.pad_id
-    eos_id = runner.manifest.special_tokens.eos_id
-    for length in reversed(ladder.rungs):
-        rows = max(1, min(max_rows, encode_tokens // length))
+    pad_id, eos_id = runner.manifest.special_tokens.pad_id, runner.manifest.special_tokens.eos_id
+    calls = [(length, 1) for length in ladder.rungs] + [(ladder.last, max(1, encode_tokens // ladder.last))]
+    for length, rows in reversed(calls):
         runner.encode(*pad([[eos_id] * length] * rows, length, pad_id))
-    rows = max_rows
+    rows = state.max_rows
     while rows:
-        sources = [[eos_id]] * rows
-        _begin(runner, state, batch, ladder, sources, limit=1)
+        _begin(runner, state, batch, ladder, [[eos_id]] * rows, limit=1)
         runner.step(batch, state, GREEDY_CANDIDATES)
         _end(state, batch)
         rows //= 2
