@@ -41,7 +41,7 @@ def create_app(model: ServedModel) -> FastAPI:
         lifespan=_lifespan,
     )
     app.add_middleware(Linger, keep_alive_bytes=_KEEP_ALIVE_BODY)
-    app.add_middleware(Envelope, metrics=model.metrics)
+    app.add_middleware(Envelope, metrics=model.metrics, leaving=lambda: model.engine.status in ("draining", "stopped"))
     add_problem_handlers(app, model.metrics)
     _add_model_routes(app, model)
     add_probes(app, model)

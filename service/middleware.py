@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,9 +31,11 @@ CLIENT_CLOSED = 499
 class Envelope:
     """Gives each request an id, counts and logs its answer, and makes an unexpected exception the contract's 500."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, leaving: Callable[[], bool]) -> None:
+        """`leaving` tells whether the server is shutting down: its clients are then told to close their connections."""
         self.app = app
         self._metrics = metrics
+        self._leaving = leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -50,7 +53,10 @@ class Envelope:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = dict(message, headers=[*message["headers"], (b"x-request-id", request_id.encode("ascii"))])
+                added = [(b"x-request-id", request_id.encode("ascii"))]
+                if self._leaving():
+                    added.append((b"connection", b"close"))
+                message = dict(message, headers=[*message["headers"], *added])
             elif method == "HEAD":
                 message = dict(message, body=b"")
             await send(message)

@@ -60,6 +60,21 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     },
 }
 
+_ANSWER_EXAMPLES: dict[str, dict[str, Any]] = {
+    "generate": {
+        "id": "gen-5411723be0af4a9980c800afbcb572e0",
+        "model": "tatoeba-en-de",
+        "outputs": [{"sequences": [{"text": "Wo ist der Bahnhof?", "finish_reason": "stop"}]}],
+        "usage": {"source_tokens": 7, "generated_tokens": 6},
+    },
+    "encode": {
+        "id": "enc-6a2f826567db42e2a77619159adaca37",
+        "model": "tatoeba-en-de",
+        "embeddings": [[0.4082483, 0.8164966, -0.4082483, 0.0]],
+        "usage": {"source_tokens": 7},
+    },
+}
+
 
 def operation(name: str, summary: str, request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
     """What FastAPI is told of a POST route: its name, the body it takes, the answers it gives."""
@@ -97,11 +112,12 @@ def _error(status: int) -> dict[str, Any]:
 
 
 def _answers(name: str) -> dict[int | str, dict[str, Any]]:
+    whole = {"application/json": {"example": _ANSWER_EXAMPLES[name]}}
     if name != "generate":
-        return {}
+        return {200: {"content": whole}}
     event = {"$ref": _REFERENCE.format(model=StreamEvent.__name__)}
     description = "The whole answer, or, with `stream`, one `data:` line per event and `data: [DONE]` at the end."
-    return {200: {"description": description, "content": {"text/event-stream": {"schema": event}}}}
+    return {200: {"description": description, "content": {**whole, "text/event-stream": {"schema": event}}}}
 
 
 def describe(app: FastAPI) -> None:

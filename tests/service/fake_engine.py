@@ -44,12 +44,17 @@ class ByteTokenizer:
 
 
 class FakeEngine:
-    """Echoes: the answer's ids are the source's, a token a step, on a thread of its own."""
+    """Echoes: the answer's ids are the source's, a token a step, on a thread of its own.
 
-    def __init__(self, step_seconds: float = 0.0, room: int = 4096, start_seconds: float = 0.0) -> None:
+    `may_load` and `may_work` are gates that a test can close: loading, or every step, then waits.
+    """
+
+    def __init__(self, step_seconds: float = 0.0, room: int = 4096) -> None:
         self.status: Any = "ready"
         self.step_seconds = step_seconds
-        self.start_seconds = start_seconds
+        self.may_load, self.may_work = threading.Event(), threading.Event()
+        self.may_load.set()
+        self.may_work.set()
         self.room = room
         self.open: list[Sequence] = []
         self.cancelled: list[Sequence] = []
@@ -75,6 +80,7 @@ class FakeEngine:
     def _work(self, sequences: list[Sequence]) -> None:
         running = {id(one): 0 for one in sequences}
         while running:
+            self.may_work.wait()
             if self.step_seconds:
                 time.sleep(self.step_seconds)
             for one in sequences:
@@ -85,7 +91,7 @@ class FakeEngine:
 
     def _step(self, one: Sequence, running: dict[int, int]) -> bool:
         """Whether that was its last step."""
-        if one.deadline is not None and time.monotonic() > one.deadline:
+        if one.deadline is not None and running[id(one)] and time.monotonic() > one.deadline:
             one.on_event(Finished("timeout", one.source_ids[: running[id(one)]], [-0.5] * running[id(one)], TIMINGS))
             return True
         if ByteTokenizer().decode(one.source_ids).startswith(POISON) and running[id(one)] >= len(POISON) - 1:
@@ -110,7 +116,7 @@ class FakeEngine:
         self.status = "starting"
 
         def load() -> None:
-            time.sleep(self.start_seconds)
+            self.may_load.wait()
             self.status = "ready"
             self._ready.set()
 
@@ -136,7 +142,7 @@ class FakeEngine:
         self.status = "stopped"
 
     def describe(self) -> dict[str, object]:
-        return {"provider": "fake"}
+        return {"provider": "fake", "open": len(self.open)}
 
 
 def fake_model(engine: FakeEngine | None = None, **settings: Any) -> ServedModel:

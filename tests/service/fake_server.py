@@ -1,4 +1,7 @@
-"""The real server around the fake engine: as a program (step seconds, start seconds, flags), or in a thread."""
+"""The real server around the fake engine: as a program, or in a thread.
+
+The program takes flags, and on standard input the words that open the engine's gates: load, work.
+"""
 
 import contextlib
 import sys
@@ -42,15 +45,23 @@ def running(engine: FakeEngine, **settings: object) -> Iterator[RunningServer]:
 
 
 def main() -> int:
-    settings, _ = parse_settings(sys.argv[3:], {})
+    settings, _ = parse_settings(sys.argv[1:], {})
     set_up_logs("info")
-    engine = FakeEngine(float(sys.argv[1]), start_seconds=float(sys.argv[2]))
+    engine = FakeEngine(step_seconds=0.002)
     engine.status = "new"
-    model = fake_model(engine)
+    engine.may_load.clear()
+    engine.may_work.clear()
+    threading.Thread(target=_obey, args=(engine,), daemon=True).start()
     listener = open_socket(settings.host, settings.port)
     sys.stdout.write(f"{listener.getsockname()[1]}\n")
     sys.stdout.flush()
-    return serve(create_app(model), engine, settings, listener)
+    return serve(create_app(fake_model(engine)), engine, settings, listener)
+
+
+def _obey(engine: FakeEngine) -> None:
+    with open(0, closefd=False) as words:
+        for word in words:
+            {"load": engine.may_load, "work": engine.may_work}[word.strip()].set()
 
 
 if __name__ == "__main__":

@@ -58,6 +58,14 @@ def test_the_documents_examples_are_valid(client: TestClient, document: dict[str
             assert client.post(path, json=example["value"]).status_code == 200
 
 
+def test_the_documents_answers_are_of_the_documents_schemas(document: dict[str, Any]) -> None:
+    """The example of each 200 is what its schema says."""
+    for path, schema in (("/v1/generate", schemas.GenerateResponse), ("/v1/encode", schemas.EncodeResponse)):
+        answer = document["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]
+        assert answer["schema"]["$ref"].endswith(f"/{schema.__name__}")
+        schema.model_validate(answer["example"])
+
+
 def test_the_document_names_every_error(document: dict[str, Any]) -> None:
     """With the one shape, and no mention of the framework's own."""
     for path in ("/v1/generate", "/v1/encode"):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -16,19 +15,41 @@ from service.errors import SettingsError
 from service.server import open_socket
 
 
-@contextlib.contextmanager
-def program(step_seconds: float, start_seconds: float, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process and the address at which it answers."""
-    command = [sys.executable, "-m", "tests.service.fake_server", str(step_seconds), str(start_seconds), "--port", "0"]
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
-        until(url, "/healthz", 200)
-        yield process, url
-    finally:
-        process.kill()
-        process.communicate()
+class Program:
+    """The process: where it answers, and the gates of its engine."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "tests.service.fake_server", "--port", "0", *flags]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, bufsize=1
+        )
+        assert self._process.stdout is not None
+        self.port = int(self._process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}"
+        until(self.url, "/healthz", 200)
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def open_gate(self, word: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{word}\n")
+
+    def load(self) -> None:
+        self.open_gate("load")
+        until(self.url, "/readyz", 200)
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def status(self, seconds: float) -> int:
+        """The exit status, which comes in time."""
+        return self._process.wait(seconds)
 
 
 def until(url: str, path: str, status: int, seconds: float = 20.0) -> httpx.Response:
@@ -40,6 +61,14 @@ def until(url: str, path: str, status: int, seconds: float = 20.0) -> httpx.Resp
             if response.status_code == status:
                 return response
         assert time.monotonic() < end, f"{path} never became {status}"
+        time.sleep(0.02)
+
+
+def until_submitted(url: str, count: int) -> None:
+    """Until the fake engine holds so many sequences; it tells in the list of models."""
+    end = time.monotonic() + 20
+    while httpx.get(f"{url}/v1/models").json()["data"][0]["engine"]["open"] < count:
+        assert time.monotonic() < end
         time.sleep(0.02)
 
 
@@ -64,68 +93,70 @@ class Background(threading.Thread):
 def test_from_loading_to_a_clean_end() -> None:
     """Loading: alive, not ready, 503. Ready: answers. SIGTERM while busy: at once not ready and 503, the accepted are
     answered to the end, exit status 0."""
-    with program(0.02, 0.7) as (process, url):
+    with Program() as program:
+        url = program.url
         assert until(url, "/readyz", 503).headers["retry-after"]
         assert httpx.post(f"{url}/v1/generate", json={"inputs": "a"}).status_code == 503
-        until(url, "/readyz", 200)
+        program.load()
         whole = Background(url, {"inputs": "a" * 40})
         stream = Background(url, {"inputs": "b" * 40, "stream": True})
-        time.sleep(0.3)
-        process.send_signal(signal.SIGTERM)
-        until(url, "/readyz", 503, seconds=0.5)
+        until_submitted(url, 2)
+        program.signal(signal.SIGTERM)
+        until(url, "/readyz", 503)
         refused = httpx.post(f"{url}/v1/generate", json={"inputs": "c"})
         assert refused.status_code == 503
         assert refused.headers["retry-after"]
+        assert refused.headers["connection"] == "close"
         assert httpx.get(f"{url}/healthz").status_code == 200
+        program.open_gate("work")
         assert whole.status() == 200
         assert stream.status() == 200
         assert stream.response is not None
         assert stream.response.text.endswith("data: [DONE]\n\n")
-        assert process.wait(5) == 0
+        assert program.status(10) == 0
 
 
 def test_what_is_not_finished_in_time_is_answered_too() -> None:
     """After --drain-seconds the rest gets 503, and the process ends."""
-    with program(0.2, 0.0, "--drain-seconds", "0.5") as (process, url):
-        until(url, "/readyz", 200)
-        slow = Background(url, {"inputs": "a" * 40})
-        time.sleep(0.3)
-        process.send_signal(signal.SIGTERM)
+    with Program("--drain-seconds", "0.5") as program:
+        program.load()
+        slow = Background(program.url, {"inputs": "a" * 40})
+        until_submitted(program.url, 1)
+        program.signal(signal.SIGTERM)
         assert slow.status() == 503
-        assert process.wait(5) == 0
+        assert program.status(10) == 0
 
 
 def test_a_second_signal_ends_at_once() -> None:
     """With the status of a killed process; SIGINT does as SIGTERM does."""
-    with program(0.2, 0.0) as (process, url):
-        until(url, "/readyz", 200)
-        slow = Background(url, {"inputs": "a" * 40})
-        time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        until(url, "/readyz", 503)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(2) == 128 + signal.SIGTERM
+    with Program() as program:
+        program.load()
+        slow = Background(program.url, {"inputs": "a" * 40})
+        until_submitted(program.url, 1)
+        program.signal(signal.SIGINT)
+        until(program.url, "/readyz", 503)
+        program.signal(signal.SIGTERM)
+        assert program.status(10) == 128 + signal.SIGTERM
         assert slow.status() is None
 
 
 def test_a_signal_while_loading_ends_at_once_and_well() -> None:
     """Nobody waits for a load that nobody needs any more."""
-    with program(0.0, 60.0) as (process, url):
-        until(url, "/readyz", 503)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(4) == 0
+    with Program() as program:
+        until(program.url, "/readyz", 503)
+        program.signal(signal.SIGTERM)
+        assert program.status(10) == 0
 
 
 def test_a_client_that_never_finishes_sending_does_not_keep_the_process() -> None:
     """Half a request is no accepted request; the drain's time bounds it."""
-    with program(0.0, 0.0, "--drain-seconds", "1") as (process, url):
-        until(url, "/readyz", 200)
-        port = int(url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port)) as connection:
+    with Program("--drain-seconds", "1") as program:
+        program.load()
+        with socket.create_connection(("127.0.0.1", program.port)) as connection:
             connection.sendall(b"POST /v1/generate HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
             time.sleep(0.2)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(6) == 0
+            program.signal(signal.SIGTERM)
+            assert program.status(15) == 0
 
 
 def test_a_taken_port_is_said_with_a_remedy() -> None:
