@@ -1,7 +1,7 @@
 """Runs an artifact's graphs by ONNX Runtime, step by step with numpy arrays, for the parity check and for evaluation.
 
-Simple on purpose: no binding of memory, no rows that join. The state is whatever the manifest describes. The service has
-its own engine; what it generates must be what this generates.
+Simple on purpose: no binding of memory, no rows that join. The state is whatever the manifest describes. The service
+has its own engine; what it generates must be what this generates.
 Letters in the shape comments: B rows, S source tokens, V the vocabulary.
 """
 
@@ -31,6 +31,8 @@ def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # Threads that spin while they wait are quicker on an idle machine and many times slower on a busy one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

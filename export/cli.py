@@ -14,8 +14,9 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "export",
         help="freeze a checkpoint to an artifact that `transduce serve` serves",
-        description="Export a checkpoint of `transduce train` to ONNX graphs and check them against PyTorch on real sentences. "
-        "The artifact is written only if the check holds: exit status 1 if it does not, 2 if the export cannot be done.",
+        description="Export a checkpoint of `transduce train` to ONNX graphs and check them against PyTorch on real "
+        "sentences. The artifact is written only if the check holds. Exit status 1 if it does not, 2 if the export "
+        "cannot be done.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a file written by `transduce train`")
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="directory to write")
@@ -25,7 +26,8 @@ def register(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--sentences", type=Path, required=True, metavar="FILE",
-        help="at least 500 sentences to check on: TSV of source, tab, translation, plain or gzipped; not from the training data",
+        help="at least 500 sentences to check on, that training did not see: TSV of source, tab, translation; plain or "
+        "gzipped",
     )  # fmt: skip
     parser.add_argument("--no-cuda", action="store_true", help="leave out the variant for GPUs")
     parser.add_argument("--overwrite", action="store_true", help="replace ARTIFACT if it exists")

@@ -1,14 +1,16 @@
 """One step of the decoder as a graph: the last token of every row and the state, to candidates and the next state.
 
-Letters in the shape comments: B rows, D = d_model, H heads, K = D / H, C a capacity, F feed-forward width, V vocabulary.
+Letters in the shape comments: B rows, D = d_model, H heads, K = D / H, C a capacity, V the vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from export.layers import IntegerLinear, IntegerMatrix, TokenEmbedding, fused_linear
+from export.layers import FloatLinear, IntegerLinear, IntegerMatrix, TokenEmbedding, fused_linear
 from export.ops import (
     cached_attention_over_lengths,
     cross_attention_rewriting,
@@ -18,75 +20,80 @@ from export.ops import (
     tensor_scatter,
 )
 from export.profile import Profile
-from model.transformer import DecoderLayer, Transformer
+from export.sublayers import FeedForwardGraph, ResidualStream
+from model.transformer import DecoderLayer, MultiHeadAttention, Transformer
 
 
-class DecoderLayerGraph(nn.Module):
-    """One trained decoder layer for one new position of each row."""
+def state_names(layer: int) -> tuple[str, str, str, str]:
+    """The state tensors of one decoder layer, in the order in which DecoderGraph takes them."""
+    return f"self_key_{layer}", f"self_value_{layer}", f"cross_key_{layer}", f"cross_value_{layer}"
 
-    def __init__(self, layer: DecoderLayer, profile: Profile) -> None:
+
+@dataclass(frozen=True)
+class Places:
+    """Where each row is, in the forms that the attention operators want; worked out once for all layers."""
+
+    positions: Tensor  # (B,) int64, of the new position
+    lengths: Tensor  # (B,) int64, of the source
+    last_target: Tensor  # (B,) int32, the new position
+    last_source: Tensor  # (B,) int32, the source's last position
+    target_capacity: Tensor  # () int32
+    source_capacity: Tensor  # () int32; capacities bound the lengths, and are known without looking at any value
+
+    @classmethod
+    def of(cls, positions: Tensor, lengths: Tensor, self_key: Tensor, cross_key: Tensor) -> Places:
+        """positions and lengths (B,), and any cache of each kind (B, H, C, K)."""
+        capacities = (torch.scalar_tensor(cache.shape[2], dtype=torch.int32) for cache in (self_key, cross_key))
+        return cls(positions, lengths, positions.to(torch.int32), (lengths - 1).to(torch.int32), *capacities)
+
+
+class SelfAttentionGraph(nn.Module):
+    """Attention of one new position over the target so far, without its last bias."""
+
+    def __init__(self, trained: MultiHeadAttention, profile: Profile) -> None:
         super().__init__()
-        attention, cross, integer = layer.self_attention, layer.cross_attention, profile.integer_products
-        self.profile = profile
-        self.num_heads = attention.num_heads
-        self.packed = fused_linear([attention.query, attention.key, attention.value], integer)
-        self.output = fused_linear([attention.output], integer)
-        self.attention_residual = layer.self_attention_residual
-        self.cross_query = fused_linear([cross.query], integer)
-        self.cross_output = fused_linear([cross.output], integer)
-        self.cross_residual = layer.cross_attention_residual
-        self.inner = fused_linear([layer.feed_forward.inner], integer)
-        self.activation = layer.feed_forward.activation
-        self.outer = fused_linear([layer.feed_forward.outer], integer)
-        self.feed_forward_residual = layer.feed_forward_residual
+        self.num_heads = trained.num_heads
+        self.grouped = profile.self_attention == "group_query"
+        self.packed = fused_linear([trained.query, trained.key, trained.value], profile.integer_products)
+        self.output = fused_linear([trained.output], profile.integer_products, bias=False)
 
-    def attend_to_target(
-        self, packed: Tensor, key: Tensor, value: Tensor, positions: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """packed (B, 3 * D), caches (B, H, C, K), positions (B,) -> output (B, D) and both caches with the new position."""
-        if self.profile.self_attention == "group_query":
-            bound = torch.scalar_tensor(key.shape[2], dtype=torch.int32)
-            last = positions.to(torch.int32)
-            output, key, value = self_attention_step(packed.unsqueeze(1), key, value, last, bound, self.num_heads)
-            return output.squeeze(1), key, value
-        query, new_key, new_value = packed.unflatten(-1, (3, self.num_heads, 1, -1)).unbind(1)  # three (B, H, 1, K)
-        key, value = tensor_scatter(key, new_key, positions), tensor_scatter(value, new_value, positions)
-        return cached_attention_over_lengths(query, key, value, positions + 1).flatten(1), key, value
+    def forward(self, x: Tensor, places: Places, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, 1, D), caches (B, H, C, K) -> (B, 1, D), and both caches with the new position."""
+        packed = self.packed(x)  # (B, 1, 3 * D)
+        if self.grouped:
+            last, bound = places.last_target, places.target_capacity
+            heads, key, value = self_attention_step(packed, key, value, last, bound, self.num_heads)
+            return self.output(heads), key, value
+        shape = (packed.shape[0], 3, self.num_heads, 1, packed.shape[2] // (3 * self.num_heads))
+        query, new_key, new_value = packed.reshape(shape).unbind(1)  # three (B, H, 1, K)
+        key = tensor_scatter(key, new_key, places.positions)
+        value = tensor_scatter(value, new_value, places.positions)
+        heads = cached_attention_over_lengths(query, key, value, places.positions + 1)  # (B, H, 1, K)
+        return self.output(heads.reshape(x.shape)), key, value
 
-    def attend_to_source(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """query (B, D), the source's keys and values (B, H, C, K), lengths (B,) -> output (B, D) and what was written back."""
-        if self.profile.cross_attention == "attention":
-            heads = query.unflatten(-1, (self.num_heads, 1, -1))  # (B, H, 1, K)
-            return cached_attention_over_lengths(heads, key, value, lengths).flatten(1), None, None
-        bound = torch.scalar_tensor(key.shape[2], dtype=torch.int32)
-        last = (lengths - 1).to(torch.int32)
-        if self.profile.cross_attention == "group_query":
-            return (
-                cross_attention_step(query.unsqueeze(1), key, value, last, bound, self.num_heads).squeeze(1),
-                None,
-                None,
-            )
-        output, next_key, next_value = cross_attention_rewriting(
-            query.unsqueeze(1), key, value, last, bound, self.num_heads
-        )
-        return output.squeeze(1), next_key, next_value
 
-    def forward(
-        self, x: Tensor, positions: Tensor, lengths: Tensor, state: tuple[Tensor, Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """x (B, D) and the layer's state -> (B, D) and the next state, None where nothing was written."""
-        self_key, self_value, cross_key, cross_value = state
-        packed = self.packed(self.attention_residual.before(x))  # (B, 3 * D)
-        heads, next_key, next_value = self.attend_to_target(packed, self_key, self_value, positions)
-        x = self.attention_residual.after(x, self.output(heads))
-        query = self.cross_query(self.cross_residual.before(x))  # (B, D)
-        heads, cross_key_back, cross_value_back = self.attend_to_source(query, cross_key, cross_value, lengths)
-        x = self.cross_residual.after(x, self.cross_output(heads))
-        inner = self.activation(self.inner(self.feed_forward_residual.before(x)))  # (B, F)
-        x = self.feed_forward_residual.after(x, self.outer(inner))
-        return x, [next_key, next_value, cross_key_back, cross_value_back]
+class CrossAttentionGraph(nn.Module):
+    """Attention of one new position over the source, without its last bias."""
+
+    def __init__(self, trained: MultiHeadAttention, profile: Profile) -> None:
+        super().__init__()
+        self.num_heads = trained.num_heads
+        self.kind = profile.cross_attention
+        self.query = fused_linear([trained.query], profile.integer_products)
+        self.output = fused_linear([trained.output], profile.integer_products, bias=False)
+
+    def forward(self, x: Tensor, places: Places, key: Tensor, value: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x (B, 1, D), the source's keys and values (B, H, C, K) -> (B, 1, D), and what had to be written back."""
+        query = self.query(x)  # (B, 1, D)
+        if self.kind == "attention":
+            shape = (x.shape[0], self.num_heads, 1, x.shape[2] // self.num_heads)
+            heads = cached_attention_over_lengths(query.reshape(shape), key, value, places.lengths)
+            return self.output(heads.reshape(x.shape)), []
+        arguments = (query, key, value, places.last_source, places.source_capacity, self.num_heads)
+        if self.kind == "group_query":
+            return self.output(cross_attention_step(*arguments)), []
+        heads, next_key, next_value = cross_attention_rewriting(*arguments)
+        return self.output(heads), [next_key, next_value]
 
 
 class DecoderGraph(nn.Module):
@@ -97,36 +104,50 @@ class DecoderGraph(nn.Module):
         config, integer = model.config, profile.integer_products
         matrix = IntegerMatrix(model.target_embedding.tokens.weight) if integer else None
         self.embedding = TokenEmbedding(model.target_embedding, matrix)
-        self.layers = nn.ModuleList(DecoderLayerGraph(layer, profile) for layer in model.decoder)
-        self.norm = model.decoder_norm
-        self.output_projection: nn.Module = model.output_projection
+        layers = [layer for layer in model.decoder if isinstance(layer, DecoderLayer)]
+        self.self_attentions = nn.ModuleList(SelfAttentionGraph(layer.self_attention, profile) for layer in layers)
+        self.cross_attentions = nn.ModuleList(CrossAttentionGraph(layer.cross_attention, profile) for layer in layers)
+        self.feed_forwards = nn.ModuleList(FeedForwardGraph(layer.feed_forward, integer) for layer in layers)
+        residuals = [
+            (layer.self_attention_residual, layer.cross_attention_residual, layer.feed_forward_residual)
+            for layer in layers
+        ]
+        linears = [
+            (layer.self_attention.output, layer.cross_attention.output, layer.feed_forward.outer) for layer in layers
+        ]
+        self.stream = ResidualStream(
+            [part for parts in residuals for part in parts],
+            [part for parts in linears for part in parts],
+            model.decoder_norm,
+            profile,
+        )
+        projection = model.output_projection.weight
+        self.output_projection: nn.Module = FloatLinear(projection, None)
         if integer:
-            shared = matrix if config.share_embeddings else IntegerMatrix(model.output_projection.weight)
-            assert shared is not None
+            shared = matrix if matrix is not None and config.share_embeddings else IntegerMatrix(projection)
             self.output_projection = IntegerLinear(shared, None)
-        never = torch.zeros(config.vocab_size)
-        never[[config.pad_id, config.bos_id]] = -torch.inf
-        self.register_buffer("never", never)
-        self.never: Tensor
+        self.never = [config.pad_id, config.bos_id]
 
     def forward(
         self, last_ids: Tensor, positions: Tensor, source_lengths: Tensor, k: Tensor, *state: Tensor
     ) -> tuple[Tensor, ...]:
         """last_ids, positions, source_lengths (B,), k (), state four tensors a layer -> candidate_ids (B, k), their
-        log-probabilities (B, k), logits (B, V), and the state tensors that were written, in the order of the state."""
-        x = self.embedding.step(last_ids, positions)  # (B, D)
+        log-probabilities (B, k), logits (B, V), and the state tensors that were written, in the order of the state.
+        """
+        places = Places.of(positions, source_lengths, state[0], state[2])
+        total, x = self.stream.start(self.embedding.step(last_ids, positions).unsqueeze(1))  # both (B, 1, D)
         written: list[Tensor] = []
-        for number, layer in enumerate(self.layers):
-            own = state[4 * number : 4 * number + 4]
-            x, following = layer(x, positions, source_lengths, own)
-            written += [tensor for tensor in following if tensor is not None]
-        logits = self.output_projection(self.norm(x)).float()  # (B, V)
-        # The start token and padding are no candidates, but the distribution stays that of the model: they are in the sum.
-        values, candidates = largest(logits + self.never, k)
-        scores = values - logits.logsumexp(dim=-1, keepdim=True)
+        layers = zip(self.self_attentions, self.cross_attentions, self.feed_forwards, strict=True)
+        for number, (self_attention, cross_attention, feed_forward) in enumerate(layers):
+            self_key, self_value, cross_key, cross_value = state[4 * number : 4 * number + 4]
+            output, next_key, next_value = self_attention(x, places, self_key, self_value)
+            total, x = self.stream.add(3 * number, total, output)
+            output, rewritten = cross_attention(x, places, cross_key, cross_value)
+            total, x = self.stream.add(3 * number + 1, total, output)
+            total, x = self.stream.add(3 * number + 2, total, feed_forward(x))
+            written += [next_key, next_value, *rewritten]
+        logits = self.output_projection(x.squeeze(1)).float()  # (B, V)
+        # Padding and the start token are no candidates, but the distribution stays the model's: they are in its sum.
+        never = torch.tensor([self.never]).expand(logits.shape[0], 2)
+        scores, candidates = largest(logits.log_softmax(dim=-1).scatter(1, never, -torch.inf), k)
         return candidates, scores, logits, *written
-
-
-def state_names(layer: int) -> tuple[str, str, str, str]:
-    """The state tensors of one decoder layer, in the order in which DecoderGraph takes them."""
-    return f"self_key_{layer}", f"self_value_{layer}", f"cross_key_{layer}", f"cross_value_{layer}"

@@ -60,13 +60,14 @@ def trace(module: nn.Module, inputs: Sequence[tuple[Port, Tensor]], outputs: Seq
     _name_axes(model.graph.input, ports)
     _name_axes(model.graph.output, outputs)
     _strip(model)
+    _drop_unused_outputs(model)
     _merge_equal_weights(model)
     return model
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns about what is not installed and about its own deprecations; nothing of it concerns the user."""
+    """The exporter warns of what is not installed and of its own deprecations; nothing of it concerns the user."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -79,7 +80,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _name_axes(values: Sequence[onnx.ValueInfoProto], ports: Sequence[Port]) -> None:
-    """Declare the ports' axes. The exporter's own symbols say nothing, and it does not know what operators of ours give."""
+    """Declare the ports' axes: the exporter's symbols say nothing, and it does not know what our operators give."""
     if [value.name for value in values] != [port.name for port in ports]:
         raise RuntimeError(f"graph has {[value.name for value in values]}, expected {[port.name for port in ports]}")
     for value, port in zip(values, ports, strict=True):
@@ -88,13 +89,24 @@ def _name_axes(values: Sequence[onnx.ValueInfoProto], ports: Sequence[Port]) -> 
 
 
 def _strip(model: onnx.ModelProto) -> None:
-    """Remove what only describes the machine and the source it was exported from, and the exporter's guesses of shapes."""
+    """Remove what only describes the machine and source it was exported from, and the exporter's guesses of shapes."""
     graph = model.graph
     for item in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
         item.ClearField("doc_string")
         item.ClearField("metadata_props")
     graph.ClearField("value_info")
     model.producer_name, model.producer_version = "transduce", ""
+
+
+def _drop_unused_outputs(model: onnx.ModelProto) -> None:
+    """Take the name from outputs that nothing reads, so that an operator need not compute what is optional."""
+    used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
+    for node in model.graph.node:
+        for place, name in enumerate(node.output):
+            if name not in used:
+                node.output[place] = ""
+        while node.output and node.output[-1] == "":
+            node.output.pop()
 
 
 def _merge_equal_weights(model: onnx.ModelProto) -> None:
@@ -124,8 +136,8 @@ def _replace_initializers(model: onnx.ModelProto, tensors: Sequence[TensorProto]
 def store_matrices(model: onnx.ModelProto, stored: Literal["float32", "float16", "int8"]) -> None:
     """Store the floating-point matrices in a smaller type, and expand them in the graph.
 
-    ONNX Runtime folds the expansion when it loads the file, so nothing of it is left in a run. float16 rounds; int8 has a
-    scale per row, which is an output of a linear layer or a token of an embedding.
+    ONNX Runtime folds the expansion when it loads the file, so nothing of it is left in a run. float16 rounds; int8 has
+    a scale per row, which is an output of a linear layer or a token of an embedding.
     """
     floating = (TensorProto.FLOAT, TensorProto.FLOAT16)
     tensors, nodes = [], []

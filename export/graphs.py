@@ -17,7 +17,7 @@ from model.transformer import Transformer
 
 
 def state_tensors(config: TransformerConfig) -> list[dict[str, object]]:
-    """The manifest's description of the decoder's state: name, kind and shape of each tensor, in the order of the graphs."""
+    """The manifest's description of the decoder's state: name, kind and shape of each tensor, in the graphs' order."""
     state: list[dict[str, object]] = []
     for layer in range(config.decoder_layers):
         for name in state_names(layer):

@@ -15,7 +15,7 @@ from export.ops import integer_product, quantise_rows, rows_of
 from model.transformer import Embedding
 
 SMALLEST_SCALE = 1e-12
-"""Of a row of zeros, which then quantises to zeros instead of NaN."""
+"""Of an output whose weights are all zero, which then quantise to zero instead of NaN."""
 
 
 def quantise_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,9 +40,10 @@ class IntegerMatrix(nn.Module):
         return rows_of(self.values, ids).float() * rows_of((self.scale * factor).unsqueeze(-1), ids)
 
     def multiply(self, x: Tensor) -> Tensor:
-        """x (B, K) float32 -> (B, N) float32, each row of x quantised by its own largest value."""
-        row_scale = (x.abs().amax(dim=-1) * (1 / 127)).clamp_min(SMALLEST_SCALE)  # (B,)
-        return integer_product(quantise_rows(x, row_scale), self.values.t(), row_scale.unsqueeze(-1), self.scale)
+        """x (..., K) float32 -> (..., N) float32, each row of x quantised by its own largest value."""
+        # A row of zeros has a scale of zero: whatever integers it quantises to, the product with its scale is zero.
+        row_scale = x.abs().amax(dim=-1, keepdim=True) * (1 / 127)  # (..., 1)
+        return integer_product(quantise_rows(x, row_scale), self.values.t(), row_scale, self.scale)
 
 
 class IntegerLinear(nn.Module):
@@ -54,7 +55,7 @@ class IntegerLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, K) -> (B, N)."""
+        """(..., K) -> (..., N)."""
         y = self.matrix.multiply(x)
         return y if self.bias is None else y + self.bias
 
@@ -68,18 +69,15 @@ class FloatLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, K) -> (B, N)."""
+        """(..., K) -> (..., N)."""
         return functional.linear(x, self.weight, self.bias)
 
 
-def fused_linear(layers: Sequence[nn.Linear], integer: bool) -> nn.Module:
-    """Linear layers of one input as one: their outputs stand side by side."""
+def fused_linear(layers: Sequence[nn.Linear], integer: bool, bias: bool = True) -> nn.Module:
+    """Linear layers of one input as one: their outputs stand side by side. The bias can be left to someone else."""
     weight = torch.cat([layer.weight.detach() for layer in layers])
-    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-    if biases and len(biases) != len(layers):
-        raise ValueError("either all of the fused layers have a bias or none")
-    bias = torch.cat(biases) if biases else None
-    return IntegerLinear(IntegerMatrix(weight), bias) if integer else FloatLinear(weight, bias)
+    biases = torch.cat([layer.bias.detach() for layer in layers]) if bias else None
+    return IntegerLinear(IntegerMatrix(weight), biases) if integer else FloatLinear(weight, biases)
 
 
 class TokenEmbedding(nn.Module):

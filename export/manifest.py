@@ -25,7 +25,8 @@ def new_manifest(checkpoint: Checkpoint, name: str | None, version: str | None) 
     name = name or str(metadata.get("name", ""))
     if not _NAME.fullmatch(name):
         raise ExportError(
-            f"{name!r} is no name for an artifact: letters, digits, '.', '_' and '-', at most 100. Give one with --name."
+            f"{name!r} is no name for an artifact (letters, digits, '.', '_' and '-', at most 100). "
+            "Give one with --name."
         )
     return {
         "format_version": FORMAT_VERSION,

@@ -1,25 +1,26 @@
 """The ONNX operators that PyTorch has no word for, as functions on tensors that `torch.onnx.export` traces.
 
-Outside an export these functions return tensors of the right shape without meaning: the graphs run in ONNX Runtime only.
+Outside an export these functions return tensors of the right shape without meaning: the graphs run in ONNX Runtime.
 Letters in the shape comments: B rows, H heads, K width of a head, C capacity of a cache, N outputs of a product.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
+Attributes = dict[str, int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]]
+
 FULL_MASK = -3.0e38
-"""Finite, since ONNX Runtime adds it to scores in float32; below every score, so that exp() makes an exact zero of it."""
+"""Finite, since ONNX Runtime adds it to scores in float32; so far below them that exp() makes an exact zero of it."""
 
 
 def attention_over_lengths(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, num_heads: int) -> Tensor:
-    """Attention of ONNX opset 24, not causal, over the first lengths[b] keys of row b; query, key, value (B, S, H * K)."""
-    attributes: dict[str, int | float | str | bool | list[int] | list[float] | list[str] | list[bool]] = {
-        "q_num_heads": num_heads,
-        "kv_num_heads": num_heads,
-    }
+    """Attention of opset 24, not causal, over the first lengths[b] keys of row b; query, key, value (B, S, H * K)."""
+    attributes: Attributes = {"q_num_heads": num_heads, "kv_num_heads": num_heads}
     return symbolic(
         "Attention",
         (query, key, value, None, None, None, lengths),
@@ -38,7 +39,7 @@ def cached_attention_over_lengths(query: Tensor, key: Tensor, value: Tensor, len
 
 
 def tensor_scatter(cache: Tensor, update: Tensor, positions: Tensor) -> Tensor:
-    """Write update (B, H, 1, K) at positions (B,) of the cache (B, H, C, K); in place where both are bound to one buffer."""
+    """Write update (B, H, 1, K) at positions (B,) of cache (B, H, C, K); in place if both are bound to one buffer."""
     return symbolic(
         "TensorScatter", (cache, update, positions), {"axis": 2}, dtype=cache.dtype, shape=cache.shape, version=24
     )
@@ -61,9 +62,9 @@ def self_attention_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """com.microsoft.GroupQueryAttention for one new position of each row.
 
-    packed (B, 1, 3 * H * K) is query, new key and new value side by side; key and value (B, H, C, K) the caches; last (B,)
-    int32 the index of the new position; bound () int32 no less than the longest row. Returns the output (B, 1, H * K) and
-    both caches with the new position written, in place where past and present are bound to one buffer.
+    packed (B, 1, 3 * H * K) is query, new key and new value side by side; key and value (B, H, C, K) the caches; last
+    (B,) int32 the index of the new position; bound () int32 no less than the longest row. Returns the output
+    (B, 1, H * K) and both caches with the new position, in place if past and present are bound to one buffer.
     """
     batch, one, width = packed.shape
     output, next_key, next_value = symbolic_multi_out(
@@ -82,8 +83,8 @@ def cross_attention_step(
 ) -> Tensor:
     """com.microsoft.GroupQueryAttention of one query per row over a cache that is only read.
 
-    query (B, 1, H * K), key and value (B, H, C, K), of which positions 0 to last[b] are attended to. New keys of length zero
-    tell the operator that the cache is complete (ONNX Runtime 1.26 or newer), so nothing is written back.
+    query (B, 1, H * K), key and value (B, H, C, K), of which positions 0 to last[b] are attended to. New keys of length
+    zero tell the operator that the cache is complete (ONNX Runtime of May 2026 or newer), so nothing is written back.
     """
     batch, _, width = query.shape
     nothing = query.new_zeros((batch, 0, width))
@@ -101,9 +102,9 @@ def cross_attention_step(
 def cross_attention_rewriting(
     query: Tensor, key: Tensor, value: Tensor, last: Tensor, bound: Tensor, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with an operator that must be given a new key: the last valid one, which it writes back to its own place.
+    """The same with an operator that must be given a new key: the last valid one, which it writes back to its place.
 
-    Works with every version of GroupQueryAttention. Returns the output (B, 1, H * K) and both caches, unchanged in content.
+    Works with every version of the operator. Returns the output (B, 1, H * K) and both caches, unchanged in content.
     """
     batch, heads, _, width = key.shape
     index = last.to(torch.int64)[:, None, None].expand(batch, heads, 1)  # (B, H, 1)
@@ -124,14 +125,28 @@ def cross_attention_rewriting(
     return output, next_key, next_value
 
 
+def skip_layer_norm(x: Tensor, output: Tensor, bias: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """com.microsoft.SkipLayerNormalization: x and output (..., D), bias (D,) -> LayerNorm(their sum), and the sum."""
+    normalised, _, _, total = symbolic_multi_out(
+        "com.microsoft::SkipLayerNormalization",
+        (x, output, norm.weight, norm.bias, bias),
+        {"epsilon": norm.eps},
+        dtypes=(x.dtype, torch.float32, torch.float32, x.dtype),
+        shapes=(x.shape, (*x.shape[:-1], 1), (*x.shape[:-1], 1), x.shape),
+        version=1,
+    )
+    return normalised, total
+
+
 def quantise_rows(x: Tensor, scale: Tensor) -> Tensor:
-    """x (B, K) float32 and its scale per row (B,) -> (B, K) uint8 with zero point 128, rounded half to even, saturated."""
-    zero_point = torch.full((x.shape[0],), 128, dtype=torch.uint8)
-    return symbolic("QuantizeLinear", (x, scale, zero_point), {"axis": 0}, dtype=torch.uint8, shape=x.shape, version=21)
+    """x (..., K) float32 and its scale per row (..., 1) -> (..., K) uint8, zero point 128, half to even, saturated."""
+    zero_point = torch.full(scale.shape, 128, dtype=torch.uint8)
+    attributes: Attributes = {"axis": x.dim() - 1, "block_size": x.shape[-1]}  # one block is a whole row
+    return symbolic("QuantizeLinear", (x, scale, zero_point), attributes, dtype=torch.uint8, shape=x.shape, version=21)
 
 
 def integer_product(x: Tensor, weight: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:
-    """x (B, K) uint8 of zero point 128, weight (K, N) int8, scales (B, 1) and (N,) float32 -> (B, N) float32.
+    """x (..., K) uint8 of zero point 128, weight (K, N) int8, scales (..., 1) and (N,) float32 -> (..., N) float32.
 
     The operator can add a bias too, but multiplies it by the row's scale: add it apart.
     """
@@ -139,7 +154,7 @@ def integer_product(x: Tensor, weight: Tensor, row_scale: Tensor, column_scale: 
         "com.microsoft::MatMulIntegerToFloat",
         (x, weight, row_scale, column_scale, torch.tensor(128, dtype=torch.uint8)),
         dtype=torch.float32,
-        shape=(x.shape[0], weight.shape[1]),
+        shape=(*x.shape[:-1], weight.shape[1]),
         version=1,
     )
 
@@ -152,7 +167,7 @@ def rows_of(table: Tensor, ids: Tensor) -> Tensor:
 
 
 def largest(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of x (B, N), best first, of equals the one with the lower index first: values and indices."""
+    """The k largest of each row of x (B, N), best first, of equals the lower index first: values and indices."""
     values, indices = symbolic_multi_out(
         "TopK",
         (x, k.reshape(1)),

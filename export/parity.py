@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from sacrebleu.metrics import BLEU
 from tokenizers import Tokenizer
 
 from export.artifact_decoder import ArtifactDecoder
 from export.profile import Precision
 from export.sentences import Sentences
 from model.data import pad_rows
+from model.evaluation import score_translations
 from model.search import greedy_search
 from model.transformer import Transformer
 
@@ -85,8 +85,8 @@ class Figures:
 
     def __str__(self) -> str:
         return (
-            f"{self.sentences} sentences, logits within {self.largest_logit_difference:.3g}, {self.equal_tokens:.3%} equal "
-            f"greedy tokens, BLEU {self.bleu:.2f} (PyTorch {self.bleu_pytorch:.2f}), "
+            f"{self.sentences} sentences, logits within {self.largest_logit_difference:.3g}, "
+            f"{self.equal_tokens:.3%} equal greedy tokens, BLEU {self.bleu:.2f} (PyTorch {self.bleu_pytorch:.2f}), "
             f"rows {'independent of' if self.batch_invariant else 'DEPEND on'} their batch"
         )
 
@@ -195,6 +195,5 @@ def _equal(one: list[bytes], other: list[bytes]) -> bool:
 
 def _bleu(tokenizer: Tokenizer, generated: list[list[int]], sentences: Sentences) -> float:
     texts = tokenizer.decode_batch(generated, skip_special_tokens=True)
-    most = max(map(len, sentences.references))
-    columns = [[refs[n] if n < len(refs) else None for refs in sentences.references] for n in range(most)]
-    return float(BLEU().corpus_score(texts, columns).score)
+    bleu, _, _ = score_translations(texts, sentences.references)
+    return bleu

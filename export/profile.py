@@ -23,23 +23,49 @@ class Profile:
     encoder_attention: Literal["attention", "multi_head"]
     self_attention: Literal["group_query", "scatter"]
     cross_attention: Literal["group_query", "rewriting", "attention"]
+    fused_norms: bool
+    """Residual sum, bias and LayerNorm as one operator: fewer launches on a GPU, but slower than three on the CPU."""
     stored: Literal["float32", "float16", "int8"]
-    """Of the weight matrices in the file, where they are floating-point in the graph. Smaller ones are expanded at load."""
+    """Of the floating-point matrices, in the file: smaller types are expanded when it is loaded."""
 
 
-_CPU_ATTENTION = ("attention", "group_query", "group_query")
+def _cpu(precision: Precision, stored: Literal["float32", "float16"]) -> Profile:
+    return Profile(
+        precision,
+        arithmetic=torch.float32,
+        integer_products=precision == "int8",
+        encoder_attention="attention",
+        self_attention="group_query",
+        cross_attention="group_query",
+        fused_norms=False,
+        stored=stored,
+    )
+
+
+def _cuda(stored: Literal["float16", "int8"]) -> Profile:
+    return Profile(
+        "fp16",
+        arithmetic=torch.float16,
+        integer_products=False,
+        encoder_attention="multi_head",
+        self_attention="group_query",
+        cross_attention="rewriting",
+        fused_norms=True,
+        stored=stored,
+    )
+
 
 CPU: dict[Precision, Profile] = {
-    "fp32": Profile("fp32", torch.float32, False, *_CPU_ATTENTION, stored="float32"),
-    "fp16": Profile("fp16", torch.float32, False, *_CPU_ATTENTION, stored="float16"),
-    "int8": Profile("int8", torch.float32, True, *_CPU_ATTENTION, stored="float16"),
+    "fp32": _cpu("fp32", "float32"),
+    "fp16": _cpu("fp16", "float16"),
+    "int8": _cpu("int8", "float16"),
 }
 """The CPU has no fast float16 arithmetic: `fp16` computes in float32 with weights that were rounded to float16."""
 
 CUDA: dict[Precision, Profile] = {
     # GroupQueryAttention has no float32 kernel on CUDA.
-    "fp32": Profile("fp32", torch.float32, False, "multi_head", "scatter", "attention", stored="float32"),
-    "fp16": Profile("fp16", torch.float16, False, "multi_head", "group_query", "rewriting", stored="float16"),
-    "int8": Profile("fp16", torch.float16, False, "multi_head", "group_query", "rewriting", stored="int8"),
+    "fp32": Profile("fp32", torch.float32, False, "multi_head", "scatter", "attention", True, "float32"),
+    "fp16": _cuda("float16"),
+    "int8": _cuda("int8"),
 }
 """Of an int8 artifact, the CUDA variant computes in float16 with weights that were rounded to int8."""

@@ -1,7 +1,15 @@
-"""Fixtures shared by the tests of several packages: a tiny model, exported once a session."""
+"""Fixtures shared by the tests of several packages: a tiny model and its artifacts.
+
+An export takes seconds that most tests do not ask about, so the artifacts are kept in pytest's cache until the code that
+makes them changes (`pytest --cache-clear` removes them).
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +17,8 @@ import pytest
 
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
+
+_ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -36,22 +46,43 @@ def tiny_sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(tiny_checkpoint_file: Path, tiny_sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_artifact(request: pytest.FixtureRequest) -> Path:
     """An int8 artifact with a CUDA variant. Tests must not write to it; copy it to change it."""
-    from export.exporter import ExportRequest, export_artifact
-
-    path = tmp_path_factory.mktemp("artifacts") / "tiny-int8"
-    export_artifact(ExportRequest(tiny_checkpoint_file, path, "int8", tiny_sentences))
-    return path
+    return _exported(request, "int8", cuda=True)
 
 
 @pytest.fixture(scope="session")
-def tiny_fp32_artifact(
-    tiny_checkpoint_file: Path, tiny_sentences: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def tiny_fp32_artifact(request: pytest.FixtureRequest) -> Path:
     """An fp32 artifact for the CPU alone. Tests must not write to it; copy it to change it."""
-    from export.exporter import ExportRequest, export_artifact
+    return _exported(request, "fp32", cuda=False)
 
-    path = tmp_path_factory.mktemp("artifacts") / "tiny-fp32"
-    export_artifact(ExportRequest(tiny_checkpoint_file, path, "fp32", tiny_sentences, cuda=False))
-    return path
+
+def _exported(request: pytest.FixtureRequest, precision: str, cuda: bool) -> Path:
+    """The artifact of the tiny model, from pytest's cache if nothing that makes it has changed."""
+    cache = request.config.cache
+    assert cache is not None
+    kept = cache.mkdir("tiny-artifacts") / f"{precision}-{_fingerprint()}"
+    if not (kept / "manifest.json").exists():
+        from export.exporter import ExportRequest, export_artifact
+
+        checkpoint: Path = request.getfixturevalue("tiny_checkpoint_file")
+        sentences: Path = request.getfixturevalue("tiny_sentences")
+        fresh = Path(tempfile.mkdtemp(dir=kept.parent)) / "artifact"
+        export_artifact(ExportRequest(checkpoint, fresh, precision, sentences, cuda=cuda))  # type: ignore[arg-type]
+        try:
+            os.rename(fresh, kept)
+            fresh.parent.rmdir()
+        except OSError:  # another test process was quicker
+            return fresh
+    return kept
+
+
+def _fingerprint() -> str:
+    """Changes with the code that decides what an exported artifact holds."""
+    digest = hashlib.sha256()
+    for name in ("torch", "onnx", "onnxruntime", "onnxscript", "tokenizers"):
+        digest.update(f"{name} {importlib.metadata.version(name)}\n".encode())
+    sources = [*(_ROOT / "export").glob("*.py"), *(_ROOT / "model").glob("*.py"), _ROOT / "tests" / "tiny.py"]
+    for path in sorted(sources):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

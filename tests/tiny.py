@@ -1,4 +1,4 @@
-"""A tiny model with a real tokenizer and random weights: small enough to export in seconds, odd enough to tell rows apart."""
+"""A tiny model with a real tokenizer and random weights: exported in seconds, and its rows differ."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONFIG = TransformerConfig(
 _WORDS = (
     "the a my your this train station house cat dog green little old goes sees takes is was not where when here "
     "to in on with tomorrow today slowly never and but water bread street city friend book"
-).split()
+)
 
 
 def sentences(count: int, seed: int = 1) -> list[str]:
@@ -35,7 +35,7 @@ def sentences(count: int, seed: int = 1) -> list[str]:
     rng = random.Random(seed)
     found: dict[str, None] = {}
     while len(found) < count:
-        words = rng.choices(_WORDS, k=rng.randint(2, 12))
+        words = rng.choices(_WORDS.split(), k=rng.randint(2, 12))
         found[" ".join(words).capitalize() + rng.choice(".?!")] = None
     return list(found)
 
