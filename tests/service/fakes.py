@@ -70,12 +70,14 @@ class FakeRunner:
         self.steps: list[int] = []
         self.encoded: list[tuple[str, int, int]] = []
         self.before_step: Callable[[], None] = lambda: None
+        self.before_encoding: Callable[[], None] = lambda: None
 
     def new_state(self, *, max_rows: int, source: Ladder, target: Ladder) -> State:
         tensors = [(tensor, np.dtype(np.int64)) for tensor in self.manifest.state]
         return State(tensors, max_rows=max_rows, source=source, target=target)
 
     def encode_into(self, state: State, ids: np.ndarray, lengths: np.ndarray) -> None:
+        self.before_encoding()
         self._called("encode_into")
         self.encoded.append(("generate", *ids.shape))
         block = state._buffers["source"].block.read()

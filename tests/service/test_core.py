@@ -167,8 +167,8 @@ def test_cancelling_who_is_finished_or_unknown_changes_nothing(bench: Bench) -> 
     assert sample(bench.metrics, "requests_total") == 1
 
 
-def test_cancelling_while_the_step_runs_takes_effect_in_the_next_iteration(bench: Bench) -> None:
-    """What comes from a callback, in the middle of an iteration, does not disturb it."""
+def test_several_rows_are_given_up_at_once(bench: Bench) -> None:
+    """From the middle of the batch; the last rows fill the gaps."""
     sequences = [bench.client.generate([place], 9) for place in range(3, 7)]
     bench.submit(*sequences)
     bench.run(2)

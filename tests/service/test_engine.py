@@ -173,6 +173,38 @@ def test_cancelling_frees_rows_within_a_step(bench: Bench) -> None:
     assert bench.runner.steps[0] == 2
 
 
+def test_cancelling_while_it_is_being_encoded(bench: Bench) -> None:
+    """It is under way and cannot be stopped, so it leaves right after; others of the same call are not concerned."""
+    encoding, gate = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        encoding.set()
+        assert gate.wait(PATIENCE)
+
+    bench.runner.before_encoding = hold
+    cancelled, other = (bench.client.generate(source, 30) for source in TALKATIVE[:2])
+    bench.engine.submit([cancelled, other])
+    assert encoding.wait(PATIENCE)
+    bench.engine.cancel([cancelled])
+    gate.set()
+    bench.await_end(other)
+    assert bench.client.last(cancelled) is None
+    assert bench.client.finished(other).ids == says(other.source_ids, 30)
+    assert bench.runner.steps == [2] + [1] * 29
+
+
+def test_cancelling_before_the_engine_has_seen_it(bench: Bench) -> None:
+    """Commands are obeyed in order: it comes, and goes, and takes part in nothing."""
+    running = busy(bench)
+    cancelled = bench.client.generate([5], 30)
+    bench.engine.submit([cancelled])
+    bench.engine.cancel([cancelled])
+    bench.gate.set()
+    bench.await_end(*running)
+    assert bench.client.events[cancelled] == []
+    assert bench.runner.encoded == [("generate", 2, 8)]
+
+
 def test_draining_answers_what_was_accepted_and_nothing_else(bench: Bench) -> None:
     """503 for newcomers, results for the others, then the thread ends."""
     running, waiting = busy(bench), [bench.client.generate([4], 3) for _ in range(4)]

@@ -153,7 +153,7 @@ class StateMachine(RuleBasedStateMachine):
                 assert state.read("values")[index, position] == row["values"][position]
 
 
-StateMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+StateMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 TestState = StateMachine.TestCase
 
 
