@@ -37,7 +37,7 @@ from tests.service.fakes import (
     says,
 )
 
-PATIENCE = 10.0
+PATIENCE = 30.0
 """Seconds after which a test gives up waiting; nothing here takes so long."""
 
 
