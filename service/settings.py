@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from service.errors import SettingsError
 
 PREFIX = "TRANSDUCE_"
-DEFAULT_MODEL = str(Path(__file__).parent / "artifact")
+DEFAULT_MODEL = str(Path(__file__).parent / "artifacts" / "tatoeba-en-de")
 """The artifact that is shipped with the service."""
 
 _NAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*=")
