@@ -283,6 +283,22 @@ def test_the_device_path_gives_the_answers_of_the_export(device_runner: Runner) 
         assert client.finished(sequence).ids == ids
 
 
+def test_a_device_is_given_ids_and_lengths_anew_at_each_step(
+    device_runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It copies them when they are bound; on the CPU the memory itself is bound, once."""
+    bound = []
+    bind = Runner._bind_host_inputs
+    monkeypatch.setattr(Runner, "_bind_host_inputs", lambda self, *args: (bound.append(1), bind(self, *args)))
+    state, batch, ladder = parts(device_runner)
+    device_runner.encode_into(state, *pad([[5, 2]], ladder.first, 0))
+    state.append(1)
+    batch.append([Client().generate([5, 2])])
+    for _ in range(3):
+        device_runner.step(batch, state, 1)
+    assert len(bound) == 3
+
+
 def _copy(artifact: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(artifact, tmp_path / "artifact"))
 
