@@ -68,15 +68,14 @@ def trace(module: nn.Module, inputs: Sequence[tuple[Port, Tensor]], outputs: Seq
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter warns of what is not installed and of its own deprecations; nothing of it concerns the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(level)
 
 
 def _name_axes(values: Sequence[onnx.ValueInfoProto], ports: Sequence[Port]) -> None:

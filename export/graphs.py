@@ -61,6 +61,7 @@ def write_encoder(model: Transformer, profile: Profile, path: Path) -> None:
 def write_decoder(model: Transformer, profile: Profile, path: Path) -> None:
     """Export one step of the decoder of a variant to a file."""
     config, ports = model.config, _state_ports(model.config)
+    profile = profile.for_heads(config.d_head)
     inputs = [
         (Port(name, ("rows",)), torch.ones(3, dtype=torch.int64))
         for name in ("last_ids", "positions", "source_lengths")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,6 +27,12 @@ class Profile:
     """Residual sum, bias and LayerNorm as one operator: fewer launches on a GPU, but slower than three on the CPU."""
     stored: Literal["float32", "float16", "int8"]
     """Of the floating-point matrices, in the file: smaller types are expanded when it is loaded."""
+
+    def for_heads(self, width: int) -> Profile:
+        """The same for heads of this width: GroupQueryAttention takes multiples of 8, others do without it."""
+        if width % 8 == 0:
+            return self
+        return replace(self, self_attention="scatter", cross_attention="attention")
 
 
 def _cpu(precision: Precision, stored: Literal["float32", "float16"]) -> Profile:

@@ -1,7 +1,7 @@
 """Fixtures shared by the tests of several packages: a tiny model and its artifacts.
 
-An export takes seconds that most tests do not ask about, so the artifacts are kept in pytest's cache until the code that
-makes them changes (`pytest --cache-clear` removes them).
+An export takes seconds that most tests do not ask about, so the artifacts are kept in pytest's cache until the code
+that makes them changes (`pytest --cache-clear` removes them).
 """
 
 from __future__ import annotations

@@ -1,0 +1,85 @@
+"""Every architecture that can be trained can be exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from export.artifact_decoder import ArtifactDecoder, open_session
+from export.graph_file import Port, save, trace
+from export.graphs import state_tensors, write_decoder, write_encoder
+from export.layers import fused_linear
+from export.parity import invariance, largest_logit_difference
+from export.profile import CPU, CUDA, Profile
+from model.transformer import Transformer
+from tests import tiny
+
+ODD = {
+    "pre_norm": False,
+    "activation": "relu",
+    "share_embeddings": False,
+    "d_model": 36,
+    "num_heads": 3,
+    "d_ff": 40,
+    "decoder_layers": 1,
+}
+
+
+def graphs_of(model: Transformer, profile: Profile, path: Path) -> ArtifactDecoder:
+    """A decoder over freshly exported graphs, without the rest of an artifact."""
+    config = model.config
+    write_encoder(model, profile, path / "encoder.onnx")
+    write_decoder(model, profile, path / "decoder.onnx")
+    manifest = {
+        "variants": {"cpu": {"encoder": "encoder.onnx", "decoder": "decoder.onnx"}},
+        "special_tokens": {"pad_id": 0, "bos_id": 1, "eos_id": 2},
+        "vocab_size": config.vocab_size,
+        "max_source_tokens": config.max_source_tokens,
+        "max_target_tokens": config.max_target_tokens,
+        "state": state_tensors(config),
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return ArtifactDecoder(path, threads=1)
+
+
+def some_pairs(config_vocab: int) -> tuple[list[list[int]], list[list[int]]]:
+    rng = np.random.default_rng(5)
+    return (
+        [[*rng.integers(3, config_vocab, rng.integers(0, 20)).tolist(), 2] for _ in range(40)],
+        [[*rng.integers(3, config_vocab, rng.integers(0, 9)).tolist(), 2] for _ in range(40)],
+    )
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_post_norm_relu_and_separate_embeddings_of_odd_sizes_export(tmp_path: Path, provider: str) -> None:
+    """In fp32, for the CPU and for CUDA's operators, the graphs give PyTorch's logits, for sources of one token too."""
+    model = tiny.tiny_checkpoint(**ODD).transformer()
+    decoder = graphs_of(model, (CPU if provider == "cpu" else CUDA)["fp32"], tmp_path)
+    sources, targets = some_pairs(300)
+    assert min(map(len, sources)) == 1
+    assert largest_logit_difference(model, decoder, sources, targets) < 1e-3
+
+
+def test_int8_of_odd_sizes_keeps_every_row_to_itself(tmp_path: Path) -> None:
+    """Widths that fill no vector register, several batches: still the same bits, at any padding."""
+    model = tiny.tiny_checkpoint(**{**ODD, "d_model": 40, "num_heads": 5}).transformer()
+    assert invariance(graphs_of(model, CPU["int8"], tmp_path), *some_pairs(300)) == (True, True)
+
+
+def test_a_row_of_zeros_quantises_to_zeros(tmp_path: Path) -> None:
+    """A dead ReLU layer gives the next only zeros: the result is its bias, not NaN. Other rows are near the product."""
+    torch.manual_seed(1)
+    layer = nn.Linear(24, 10)
+    x = torch.cat([torch.zeros(1, 24), torch.randn(4, 24), torch.full((1, 24), 1e-30)])
+    port = Port("x", ("rows", 24))
+    save(trace(fused_linear([layer], integer=True), [(port, x)], [Port("y", ("rows", 10))]), tmp_path / "linear.onnx")
+    (y,) = open_session(tmp_path / "linear.onnx", threads=1).run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        expected = layer(x).numpy()
+    assert y[0].tolist() == layer.bias.tolist()
+    np.testing.assert_allclose(y, expected, atol=0.05)
