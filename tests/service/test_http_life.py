@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-import httpx
+import httpx2 as httpx
 import pytest
 
 from service.errors import SettingsError
