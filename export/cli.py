@@ -63,12 +63,9 @@ def run_export(arguments: argparse.Namespace) -> int:
                 version=arguments.artifact_version,
             )
         )
-    except ExportError as error:
-        print(f"transduce export: {error}", file=sys.stderr)
-        return error.exit_status
-    except (CheckpointError, ConfigurationError, OSError) as error:
-        print(f"transduce export: {error}", file=sys.stderr)
-        return 2
+    except (ExportError, CheckpointError, ConfigurationError, OSError) as error:
+        print("transduce export:", *str(error).split(), file=sys.stderr)  # other libraries' messages have several lines
+        return error.exit_status if isinstance(error, ExportError) else 2
     size = sum(path.stat().st_size for path in arguments.artifact.rglob("*") if path.is_file())
     print(f"{arguments.artifact}: {manifest['name']} version {manifest['version']}, {size / 1e6:.1f} MB")
     return 0

@@ -168,7 +168,7 @@ def test_name_and_version_can_be_given_and_an_artifact_replaced(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A second export to one place is refused without --overwrite; with it the new one stands there, readable by all."""
+    """A second export to a place is refused without --overwrite; with it the new one stands there, for all to read."""
     place = tmp_path / "artifact"
     arguments = (tiny_checkpoint_file, place, "--sentences", tiny_sentences, "--precision", "fp32", "--no-cuda")
     assert run(*arguments) == 0
