@@ -183,13 +183,12 @@ def _augment(
     """Join some pairs to paragraphs, then write some sources as people type: without capitals, without punctuation."""
     place = 0
     # A paragraph takes several pairs, so it must begin at fewer places than the share of pairs it ends up holding.
-    log_most = np.log(config.join_most + 0.999)
-    mean_joined = np.exp(rng.uniform(np.log(2), log_most, size=4096)).astype(int).mean()
-    begin = config.join_share / (config.join_share + mean_joined * (1 - config.join_share))
+    mean = 1 + (1 - _GOES_ON ** (config.join_most - 1)) / (1 - _GOES_ON)
+    begin = config.join_share / (config.join_share + mean * (1 - config.join_share))
     while place < len(pairs):
         count = 1
         if rng.random() < begin:
-            count = int(np.exp(rng.uniform(np.log(2), log_most)))
+            count = min(1 + int(rng.geometric(1 - _GOES_ON)), config.join_most)
         taken = pairs[place : place + count]
         place += count
         source, target = (" ".join(texts) for texts in zip(*taken, strict=True))
@@ -200,6 +199,9 @@ def _augment(
             source = bare if bare.strip() else source
         yield source, target
 
+
+_GOES_ON = 0.7
+"""Chance that a paragraph of two sentences or more has one more: short paragraphs are common, long ones rare."""
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation.replace("'", "").replace("-", ""))
 
