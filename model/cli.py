@@ -90,6 +90,10 @@ def read_recipe(path: Path, changes: list[str]) -> tuple[Recipe, dict[str, Any]]
         raise ConfigurationError(f"{path}: {error}") from error
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def run_train(arguments: argparse.Namespace) -> int:
     """Train as told; the exit status of the program."""
     import torch
@@ -156,7 +160,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
         trainer.run()
     except (ConfigurationError, DataError, CheckpointError) as error:
-        print(f"transduce train: {error}", file=sys.stderr)
+        print(f"transduce train: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -201,7 +205,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             tokenizer, eos_id = checkpoint.tokenizer, checkpoint.recipe.model.eos_id
             translate = translator(checkpoint.transformer(), arguments.num_beams, arguments.length_penalty)
     except (DataError, CheckpointError) as error:
-        print(f"transduce evaluate: {error}", file=sys.stderr)
+        print(f"transduce evaluate: {_one_line(error)}", file=sys.stderr)
         return 2
     evaluation = evaluate(translate, tokenizer, eos_id, references)
     for (source, refs), translation in list(zip(references.items(), evaluation.translations, strict=True))[

@@ -124,9 +124,9 @@ def beam_search(
                 ended[i] += [h for h in ranked[:num_beams] if h.ids[-1] == config.eos_id]
                 ended[i] = sorted(ended[i], key=lambda h: -h.score(length_penalty))[:num_beams]
                 alive[i] = [h for h in ranked if h.ids[-1] != config.eos_id][:num_beams]
-                done = len(ended[i]) == num_beams and ended[i][-1].score(length_penalty) >= alive[i][0].score(
-                    length_penalty
-                )
+                full = len(ended[i]) == num_beams
+                worst = ended[i][-1].score(length_penalty) if full else -math.inf
+                done = not alive[i] or (full and worst >= alive[i][0].score(length_penalty))
                 if done or step == limit:
                     if not done:
                         ended[i] += alive[i]
