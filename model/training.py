@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +70,10 @@ class Trainer:
         torch.manual_seed(recipe.training.seed + 1000 * self.rank)
         self.optimizers = build_optimizers(self.model, recipe.training)
         self.average = MovingAverage(self.model, recipe.training.ema_decay) if recipe.training.ema_decay else None
+        self.mixed = recipe.training.precision == "bf16"
+        if self.mixed and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            self.mixed = False
+            logger.warning("%s has no bf16: training in fp32", torch.cuda.get_device_name(device))
         self.progress = Progress()
         self.bad_rows = BadRows()
 
@@ -132,8 +135,7 @@ class Trainer:
         config, model = self.recipe.training, self.recipe.model
         batch = batch.to(self.device)
         self.parallel.train()
-        mixed = torch.autocast(self.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
-        with mixed:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
             logits = self.parallel(batch.source_ids, batch.source_lengths, batch.target_inputs)  # (B, T, V)
         loss = sequence_loss(logits, batch.target_outputs, model.pad_id, config.label_smoothing)
         totals = torch.tensor([loss.item(), float(batch.target_tokens)], dtype=torch.float64, device=self.device)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,29 +51,24 @@ def data(tmp_path: Path) -> Path:
     return tmp_path
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(data: Path, run: str, *options: str, processes: int = 1) -> list[str]:
+    program = [sys.executable, "-c", PROGRAM]
+    if processes > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+        program = [*torchrun, f"--nproc-per-node={processes}", *program]
+    files = ["--recipe", str(data / "recipe.toml"), "--data", str(data / "pairs.tsv"), "--output", str(data / run)]
+    return [*program, "train", *files, "--holdout", "0.05", "--threads", "1", *options]
+
+
 def train(
     data: Path, run: str, *options: str, processes: int = 1, check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    command = (
-        [sys.executable, "-c", PROGRAM]
-        if processes == 1
-        else [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc-per-node={processes}",
-            "--standalone",
-            "--no-python",
-            sys.executable,
-            "-c",
-            PROGRAM,
-        ]
-    )
-    arguments = ["train", "--recipe", str(data / "recipe.toml"), "--data", str(data / "pairs.tsv"), "--holdout", "0.05"]
     outcome = subprocess.run(
-        [*command, *arguments, "--output", str(data / run), "--threads", "1", *options],
-        capture_output=True, text=True, timeout=110, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        command(data, run, *options, processes=processes), capture_output=True, text=True, timeout=110, env=ENVIRONMENT
+    )
     if check:
         assert outcome.returncode == 0, outcome.stderr
     return outcome
@@ -87,10 +83,10 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in log(run, "step")]
 
 
-def test_a_stopped_run_continues_with_the_same_losses(data: Path) -> None:
-    """20 steps, a stop, 20 more: losses, weights and validation are those of 40 steps at once, dropout included.
+def test_a_killed_run_continues_with_the_same_losses(data: Path) -> None:
+    """A run killed some steps after a checkpoint: losses, weights and validation become those of a run left alone.
 
-    The stop falls within an epoch; joined pairs and the moving average of the weights are on.
+    Dropout, joined pairs, Muon and the moving average of the weights are on, and the kill falls within an epoch.
     """
     options = (
         "--set",
@@ -101,7 +97,14 @@ def test_a_stopped_run_continues_with_the_same_losses(data: Path) -> None:
         "training.optimizer='muon'",
     )
     train(data, "whole", *options)
-    train(data, "parts", *options, "--set", "training.max_steps=20")
+    log_file = data / "parts" / "log.jsonl"
+    killed = subprocess.Popen(command(data, "parts", *options), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+    while not (log_file.exists() and log_file.read_text().count('"kind": "step"') > 24):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    assert len(losses(data / "parts")) < 40
     train(data, "parts", *options, "--resume")
     assert losses(data / "parts") == losses(data / "whole")
     assert len(losses(data / "whole")) == 40
