@@ -4,8 +4,8 @@
 
 starts `transduce serve` on a free port of the loopback, checks every answer against the one that the same text gets
 alone, and prints a line per number of clients: requests and tokens a second, latency, rows a step, resident memory.
-The clients share the machine's processors with the server, so the figures are a lower bound. With --memory it prints the
-server's resident memory after 1,000 and after 10,000 requests of 64 clients instead.
+The clients share the machine's processors with the server, so the figures are a lower bound. With --memory it prints
+the server's resident memory after 1,000 and after 10,000 requests of 64 clients instead.
 """
 
 from __future__ import annotations
@@ -163,9 +163,8 @@ def measure_memory(options: list[str]) -> None:
     with served(*options) as (port, server):
         for part in (texts[:1000], texts[1000:]):
             outcome = asyncio.run(drive(port, part, 64))
-            print(
-                f"{resident_mebibytes(server):.0f} MiB after {len(part)} more requests, {len(outcome.failures)} failures"
-            )
+            resident = resident_mebibytes(server)
+            print(f"{resident:.0f} MiB after {len(part)} more requests, {len(outcome.failures)} failures")
 
 
 def main() -> None:
