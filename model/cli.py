@@ -188,6 +188,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         if not references:
             raise DataError("no usable pair to evaluate on")
         if arguments.model.is_dir():
+            if not (arguments.model / "manifest.json").is_file():
+                raise DataError(f"{arguments.model} is no artifact: it has no manifest.json")
             # The one place where model/ reaches for export/: an artifact is judged by what its graphs give.
             from export.artifact_decoder import ArtifactDecoder
 

@@ -1,0 +1,63 @@
+"""Scores against every reference a sentence has, of a checkpoint and of the artifact made from it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from model.evaluation import score_translations
+from service.cli import main
+
+
+def test_a_translation_counts_if_it_is_any_of_the_references() -> None:
+    """However many references each sentence has; a wrong one lowers the score."""
+    references = [["Das ist gut so.", "So ist es gut."], ["Wo ist der Bahnhof?"]]
+    right = score_translations(["So ist es gut.", "Wo ist der Bahnhof?"], references)
+    wrong = score_translations(["So ist es gut.", "Wer ist der Hund dort?"], references)
+    assert right[:2] == (pytest.approx(100), pytest.approx(100))
+    assert wrong[0] < 70
+    assert "tok:13a" in right[2]
+    assert "case:mixed" in right[2]
+
+
+def test_a_checkpoint_and_its_artifact_score_the_same(
+    tiny_checkpoint_file: Path, tiny_fp32_artifact: Path, tiny_sentences: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Greedy and with beams, `transduce evaluate` prints equal BLEU and chrF for both, and samples with references."""
+    for beams in ("1", "3"):
+        found = []
+        for model in (tiny_checkpoint_file, tiny_fp32_artifact):
+            options = ["--data", str(tiny_sentences), "--limit", "40", "--samples", "2", "--num-beams", beams]
+            assert main(["evaluate", str(model), *options]) == 0
+            printed = capsys.readouterr().out
+            assert printed.count("  reference ") == 2
+            found.append(re.search(r"BLEU [\d.]+  chrF [\d.]+  40 sentences  \d+ tokens", printed))
+        assert found[0] is not None
+        assert found[1] is not None
+        assert found[0][0] == found[1][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.pt", "--data", "missing.tsv"], "missing.tsv"),
+        (["missing.pt", "--data", __file__], "no usable pair"),
+        (["missing.pt", "--data", __file__, "--num-beams", "0"], "--num-beams"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_a_directory_that_is_no_artifact_is_refused(
+    tmp_path: Path, tiny_sentences: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(tmp_path), "--data", str(tiny_sentences)]) == 2
+    assert "manifest.json" in capsys.readouterr().err
