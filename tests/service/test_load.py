@@ -55,7 +55,10 @@ def test_a_busy_server_answers_what_it_accepted_and_ends_with_zero() -> None:
                 if await asyncio.to_thread(metric, port, "transduce_num_requests_running") >= 32:
                     break
             server.send_signal(signal.SIGTERM)
-            return await asyncio.gather(*tasks)
+            answers = await asyncio.gather(*tasks)
+            for client in clients:
+                await client.close()
+            return answers
 
         answers = asyncio.run(run())
         assert server.wait(30) == 0
