@@ -35,6 +35,7 @@ def create_app(model: ServedModel) -> FastAPI:
         title="Transduce",
         version=__version__,
         description=DESCRIPTION,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,

@@ -1,7 +1,8 @@
-"""/docs without the internet: Swagger UI, its files served from the package `fastapi-swagger` that carries them."""
+"""/openapi.json, and /docs without the internet: Swagger UI, its files from the package `fastapi-swagger`."""
 
 from importlib import resources
 
+import orjson
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from starlette.responses import Response
@@ -14,7 +15,7 @@ _FILES = {
 
 
 def add_documentation(app: FastAPI) -> None:
-    """Add /docs and the three files that it loads. Addresses are relative, so that a proxy may add a prefix."""
+    """Add /openapi.json, /docs and the files it loads. Addresses are relative, so that a proxy may add a prefix."""
     page = get_swagger_ui_html(
         openapi_url="openapi.json",
         title=f"{app.title} API",
@@ -28,6 +29,11 @@ def add_documentation(app: FastAPI) -> None:
             "defaultModelsExpandDepth": 0,
         },
     )
+
+    # FastAPI's own route for the document has no template that the metrics could name.
+    @app.get("/openapi.json", include_in_schema=False)
+    async def openapi() -> Response:
+        return Response(orjson.dumps(app.openapi()), media_type="application/json")
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> Response:

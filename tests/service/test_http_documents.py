@@ -36,6 +36,12 @@ def test_the_documentation_needs_no_other_server(client: TestClient) -> None:
     assert client.get("/docs/swagger-ui.css").headers["content-type"].startswith("text/css")
 
 
+@pytest.mark.parametrize("path", ["/docs", "/docs/swagger-ui.css", "/openapi.json", "/v1/models", "/healthz", "/"])
+def test_every_route_is_counted_under_its_own_name(client: TestClient, path: str) -> None:
+    client.get(path, follow_redirects=False)
+    assert f'transduce_http_requests_total{{endpoint="{path}",' in client.get("/metrics").text
+
+
 def test_the_front_door_leads_to_the_documentation(client: TestClient) -> None:
     """By a relative redirect, which holds behind a proxy's prefix."""
     assert client.get("/", follow_redirects=False).headers["location"] == "docs"
