@@ -124,3 +124,23 @@ def _expect(port: Port, dtype: np.dtype[Any], sizes: list[int | None], path: Pat
 
 def _disagree(path: Path, how: str) -> NoReturn:
     raise ArtifactError(f"{path} and the manifest disagree: {how}. Export the model again with: transduce export.")
+
+
+_PRODUCTS = frozenset(
+    {"MatMul", "Gemm", "MatMulIntegerToFloat", "Attention", "GroupQueryAttention", "MultiHeadAttention"}
+)
+"""The operators that a model's time goes into. Shapes and the like may be computed on the host."""
+
+
+def products_on(provider: str, session: Any) -> list[str]:
+    """The products and attentions of a graph that ONNX Runtime gave to this provider, by operator and node.
+
+    The session must have been opened with `session.record_ep_graph_assignment_info`.
+    """
+    return [
+        f"{node.op_type} {node.name}"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == provider
+        for node in part.get_nodes()
+        if node.op_type in _PRODUCTS
+    ]

@@ -15,7 +15,7 @@ import numpy as np
 from service.artifact import Artifact, StateTensor, VariantName
 from service.batch import Batch, Ints
 from service.errors import ArtifactError, SettingsError
-from service.graphs import check_decoder, check_encoder, check_reorder
+from service.graphs import check_decoder, check_encoder, check_reorder, products_on
 from service.ladder import Ladder
 from service.processors import usable_processors
 from service.sequence import Floats
@@ -223,6 +223,7 @@ class Runner:
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if settings.spinning else "0")
         provider: tuple[str, dict[str, str]] = (_PROVIDERS[self.variant], {})
         if self.variant == "cuda":
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             ort.preload_dlls()
             provider = (_PROVIDERS["cuda"], {"device_id": str(self._device_id), **_CUDA_OPTIONS})
         path = artifact.graph(graph)
@@ -238,6 +239,12 @@ class Runner:
             raise SettingsError(
                 f"provider: {self.variant} could not be started on device {self._device_id}, ONNX Runtime offers "
                 f"{', '.join(session.get_providers())}. Check driver and CUDA libraries, or choose --provider cpu."
+            )
+        if self.variant == "cuda" and (strays := products_on(_PROVIDERS["cpu"], session)):
+            raise ArtifactError(
+                f"{path}: ONNX Runtime {ort.__version__} has no CUDA kernel for {strays[0]} and "
+                f"{len(strays) - 1} more, and would run them on the CPU. Install a newer onnxruntime-gpu, export again, "
+                "or choose --provider cpu."
             )
         return session
 

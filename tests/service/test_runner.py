@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 import service
@@ -23,6 +24,7 @@ from service.batch import Batch, pad
 from service.core import Core
 from service.engine import Engine
 from service.errors import ArtifactError, SettingsError
+from service.graphs import products_on
 from service.ladder import Ladder
 from service.rehearsal import self_test, warm_up
 from service.runner import Runner, choose_variant
@@ -260,6 +262,7 @@ def device_runner(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> Runne
     monkeypatch.setattr(service.runner, "_PROVIDERS", dict.fromkeys(("cpu", "cuda"), "CPUExecutionProvider"))
     monkeypatch.setattr(service.runner, "_CUDA_OPTIONS", {})
     monkeypatch.setattr(Runner, "device", "cpu")
+    monkeypatch.setattr(service.runner, "products_on", lambda provider, session: [])
     return Runner(Artifact.load(tiny_artifact), Settings(provider="cuda", threads=1))
 
 
@@ -307,3 +310,24 @@ def _edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_device_session_whose_products_would_run_on_the_cpu_is_refused(
+    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No silent fall-back: ONNX Runtime gives to the CPU what its CUDA provider cannot do; here that is all."""
+    monkeypatch.setattr(service.runner, "_PROVIDERS", dict.fromkeys(("cpu", "cuda"), "CPUExecutionProvider"))
+    monkeypatch.setattr(service.runner, "_CUDA_OPTIONS", {})
+    with pytest.raises(ArtifactError, match=r"no CUDA kernel for .* and would run them on the CPU\. .*--provider cpu"):
+        Runner(Artifact.load(tiny_artifact), Settings(provider="cuda", threads=1))
+
+
+def test_products_that_a_device_session_left_to_the_cpu_are_found(tiny_artifact: Path) -> None:
+    """By operator and node, and none for a provider that has none."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    path = tiny_artifact / "cuda" / "decoder.onnx"
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    found = products_on("CPUExecutionProvider", session)
+    assert {name.split()[0] for name in found} >= {"MatMul", "GroupQueryAttention"}
+    assert products_on("CUDAExecutionProvider", session) == []
