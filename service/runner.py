@@ -243,8 +243,8 @@ class Runner:
         if self.variant == "cuda" and (strays := products_on(_PROVIDERS["cpu"], session)):
             raise ArtifactError(
                 f"{path}: ONNX Runtime {ort.__version__} has no CUDA kernel for {strays[0]} and "
-                f"{len(strays) - 1} more, and would run them on the CPU. Install a newer onnxruntime-gpu, export again, "
-                "or choose --provider cpu."
+                f"{len(strays) - 1} more, and would run them on the CPU. Install a newer onnxruntime-gpu, export "
+                "again, or choose --provider cpu."
             )
         return session
 
