@@ -97,10 +97,11 @@ def _one_line(error: Exception) -> str:
 def run_train(arguments: argparse.Namespace) -> int:
     """Train as told; the exit status of the program."""
     import torch
+    from torch import distributed
 
     from model.checkpoint import Checkpoint, CheckpointError
     from model.data import BadRows, Corpus, DataError, grouped_references, read_pairs, split_of
-    from model.tokenizer import train_tokenizer
+    from model.tokenizer import tokenizer_from_json, train_tokenizer
     from model.training import Trainer, start_processes
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -147,7 +148,14 @@ def run_train(arguments: argparse.Namespace) -> int:
             for name, pairs in held.items():
                 if pairs:
                     (run / f"{name}.tsv").write_text("".join(f"{s}\t{t}\n" for s, t in pairs), encoding="utf-8")
-        tokenizer = last.tokenizer if last else train_tokenizer(corpus.texts(), recipe.model.vocab_size)
+        if last:
+            tokenizer = last.tokenizer
+        else:
+            # One process learns it and the others get it: they must not differ by a single merge.
+            spelt = [train_tokenizer(corpus.texts(), recipe.model.vocab_size).to_str() if rank == 0 else ""]
+            if distributed.is_initialized():
+                distributed.broadcast_object_list(spelt)
+            tokenizer = tokenizer_from_json(spelt[0])
         recipe = replace(recipe, model=replace(recipe.model, vocab_size=tokenizer.get_vocab_size()))
         if last and last.recipe.model != recipe.model:
             raise ConfigurationError(f"{run}/last.pt was trained with another [model]: {last.recipe.model}")
@@ -159,6 +167,8 @@ def run_train(arguments: argparse.Namespace) -> int:
             len(corpus), len(trainer.validation), trainer.model.num_parameters(), device, trainer.world,
         )  # fmt: skip
         trainer.run()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
     except (ConfigurationError, DataError, CheckpointError) as error:
         print(f"transduce train: {_one_line(error)}", file=sys.stderr)
         return 2

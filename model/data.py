@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import mmap
 import string
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -259,5 +258,5 @@ def grouped_references(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]
     """Each source with all its references, in the order of first sight."""
     references: dict[str, list[str]] = {}
     for source, target in pairs:
-        references.setdefault(sys.intern(source), []).append(target)
+        references.setdefault(source, []).append(target)
     return references

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class Trainer:
             or (0 < config.patience <= self.progress.validations_without_gain)
         )
 
-    def _groups(self) -> Any:
+    def _groups(self) -> Iterator[Batch]:
         """This process's batch of each group of `world`, from where the epoch was left. An incomplete one is lost."""
         batches = epoch_batches(
             self.corpus, self.tokenizer, self.recipe.model, self.recipe.training, self.progress.epoch, self.bad_rows

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _open(name: str, mode: str, standard: int) -> BinaryIO:
     try:
         # The descriptor itself and not sys.stdin: a thread may be reading it when the program ends.
-        return open(standard if name == "-" else name, mode, closefd=name != "-")  # type: ignore[return-value]
+        return open(standard if name == "-" else name, mode, closefd=name != "-")  # type: ignore[return-value]  # always binary
     except OSError as error:
         raise SettingsError(f"cannot open {name}: {error.strerror}") from None
 
