@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 
 from service import __version__, cli
 from service.app import create_app
+from service.bench.arguments import add_arguments
 from service.bench.progress import Progress
 from service.bench.report import Reply, Run
 from service.bench.workload import Clients, Workload
@@ -249,3 +252,19 @@ def test_the_real_service_is_measured(load_flags: list[str], served: str, data: 
         assert together.server is not None
         assert alone.server.rows_per_step == 1.0
         assert (together.server.rows_per_step or 0) > 4
+
+
+def test_the_manual_has_every_flag_and_module() -> None:
+    """The README's section names each flag, its tree each module."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = readme.split("\n## Load a server\n")[1].split("\n## ")[0]
+    parser = argparse.ArgumentParser(add_help=False)
+    add_arguments(parser)
+    for action in parser._actions:
+        for flag in action.option_strings:
+            assert f"{flag} " in section.replace("`", " "), flag
+    modules = {path.stem for path in (Path(__file__).parents[2] / "service" / "bench").glob("*.py")} - {"__init__"}
+    assert (
+        set(re.findall(r"^    ([a-z]+) {2,}", readme.split("\n  bench/ ")[1].split("\n  a")[0], re.MULTILINE))
+        == modules
+    )
