@@ -153,6 +153,19 @@ def test_graphs_that_are_not_the_model_are_refused_and_leave_nothing(
     assert list(place.iterdir()) == []
 
 
+def test_alignments_of_another_layer_are_refused(
+    ready_graphs: None,
+    tiny_checkpoint_file: Path,
+    tiny_sentences: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The parity check takes the attention of the layer that was asked for; the ready graphs give that of the last."""
+    arguments = ("--sentences", tiny_sentences, "--precision", "fp32", "--no-cuda", "--alignment-layer", 0)
+    assert run(tiny_checkpoint_file, tmp_path / "bad", *arguments) == 1
+    assert "alignments differ by up to" in capsys.readouterr().err
+
+
 def test_a_failed_export_leaves_the_old_artifact_as_it_was(
     corrupt_graphs: None, tiny_checkpoint_file: Path, tiny_sentences: Path, tmp_path: Path
 ) -> None:
