@@ -123,9 +123,8 @@ def main() -> None:
     comparisons: list[offline.Comparison] = []
     servings: list[served.Served] = []
     for subject in subjects(arguments):
-        share = 4 if subject.name == "base" else 2
         if arguments.part != "served":
-            comparisons += offline.compare(subject, arguments.beams, arguments.rounds, processors, share)
+            comparisons += offline.compare(subject, arguments.beams, arguments.rounds, processors)
         if arguments.part != "offline":
             environment = offline.CTRANSLATE2_SETS[-1]
             servings.append(served.compare(subject, arguments.rounds, processors, environment, arguments.seconds, 3.0))

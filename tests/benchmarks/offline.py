@@ -19,8 +19,8 @@ from typing import Any, Self
 from tests.benchmarks.workload import Subject
 
 CTRANSLATE2_SETS: tuple[dict[str, str], ...] = ({}, {"CT2_FORCE_CPU_ISA": "AVX512"})
-"""Environments: what it chooses by itself (AVX2 on an AMD processor), and what it can be made to use. Its other backend,
-MKL, is eight times slower on such a processor."""
+"""Environments: what it chooses by itself (AVX2 on an AMD processor), and what it can be made to use. Its other
+backend, MKL, is eight times slower on such a processor."""
 
 PINNED = {"OMP_PROC_BIND": "true", "OMP_WAIT_POLICY": "ACTIVE"}
 """Without these its OpenMP threads wait long for one another; with them replicas would share one core."""
@@ -48,6 +48,12 @@ def ways(processors: int) -> list[Way]:
             found.append(Way(environment, options))
     options = {"inter_threads": 1, "intra_threads": processors, "max_batch_size": 128, "batch_type": "examples"}
     return [*found, Way({**CTRANSLATE2_SETS[-1], **PINNED}, options)]
+
+
+def alike(way: Way, other: Way) -> bool:
+    """Whether they differ in their batches alone."""
+    batches = {"max_batch_size": 0, "batch_type": ""}
+    return way.environment == other.environment and way.options | batches == other.options | batches
 
 
 class Worker:
@@ -118,11 +124,10 @@ class Comparison:
         return [ours / theirs for ours, theirs in pairs]
 
 
-def fastest(subject: Subject, num_beams: int, processors: int, share: int) -> Way:
-    """CTranslate2's best way on every `share`-th text."""
-    texts = subject.texts[::share]
+def fastest(subject: Subject, num_beams: int, tried: Sequence[Way]) -> Way:
+    """CTranslate2's best way of these."""
+    texts = subject.texts
     rates: list[tuple[float, Way]] = []
-    tried = ways(processors)
     for environment in {tuple(sorted(way.environment.items())): way.environment for way in tried}.values():
         with Worker("ctranslate2", subject.ctranslate2, subject.tokenizer_file, environment=environment) as worker:
             for way in [way for way in tried if way.environment == environment]:
@@ -133,9 +138,14 @@ def fastest(subject: Subject, num_beams: int, processors: int, share: int) -> Wa
     return min(rates, key=lambda pair: pair[0])[1]
 
 
-def compare(subject: Subject, beams: Sequence[int], rounds: int, processors: int, share: int) -> list[Comparison]:
+def compare(subject: Subject, beams: Sequence[int], rounds: int, processors: int) -> list[Comparison]:
     """Sweep, then `rounds` rounds in which every engine has its turn at every number of beams."""
-    best = {num_beams: fastest(subject, num_beams, processors, share) for num_beams in beams}
+    best: dict[int, Way] = {}
+    tried = ways(processors)
+    for num_beams in beams:
+        best[num_beams] = fastest(subject, num_beams, tried)
+        # The best instruction set and threads do not depend on the beams, the best batches do.
+        tried = [way for way in tried if alike(way, best[num_beams])]
     comparisons = []
     with ExitStack() as stack:
         transduce = stack.enter_context(Worker("transduce", subject.artifact))
