@@ -5,9 +5,10 @@ the running rows wait for at most one budget of encoding per token, and newcomer
 starves. At least one is always admitted if there is room, however long it is. A newcomer's cost is the rung of its own
 length, because that is the length to which it is padded, whoever comes with it.
 
-An encoding needs no row. So there are two lines, and when all rows are taken encodings pass those who wait for a row:
-they delay them by nothing, since a row that becomes free goes to the oldest in line, before younger encodings spend the
-budget.
+A sequence that searches has as many rows set aside from the beginning as it may come to need, so it never has to wait
+half-way. Encodings and scores need no row. So there are two lines, and when all rows are taken those without pass
+those who wait for rows: they delay them by nothing, since a row that becomes free goes to the oldest in line, before
+younger ones without rows spend the budget.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from service.sequence import Kind, Sequence, Stage
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Newcomers that one encoder call takes: of one kind, padded to one length."""
+    """Newcomers that one encoder call takes: of one kind, padded to one length, and one length of their targets."""
 
     kind: Kind
     length: int
+    target_length: int
+    """Of kind score; else 0."""
     sequences: list[Sequence]
 
     @property
@@ -38,18 +41,19 @@ class Group:
 class Scheduler:
     """The lines and the rows, as numbers."""
 
-    def __init__(self, *, max_rows: int, encode_tokens: int, ladder: Ladder) -> None:
+    def __init__(self, *, max_rows: int, encode_tokens: int, source: Ladder, target: Ladder) -> None:
         self.max_rows = max_rows
         self.encode_tokens = encode_tokens
-        self.ladder = ladder
-        self.rows_in_use = 0
+        self._source = source
+        self._target = target
+        self.rows_set_aside = 0
         self.added = 0
         """Sequences ever added."""
         self.left_line = 0
         """Sequences that do not wait any more. One number, so that another thread may read it."""
         self.finished = 0
         """Sequences that left, from the line or from their rows."""
-        self._lines: dict[Kind, OrderedDict[Sequence, int]] = {"generate": OrderedDict(), "encode": OrderedDict()}
+        self._lines: dict[bool, OrderedDict[Sequence, int]] = {True: OrderedDict(), False: OrderedDict()}  # needs rows?
         self._running: set[Sequence] = set()
         self._next_deadline = math.inf  # no waiting sequence has an earlier one
 
@@ -65,8 +69,8 @@ class Scheduler:
 
     @property
     def rows_free(self) -> int:
-        """Rows that nobody holds."""
-        return self.max_rows - self.rows_in_use
+        """Rows that are set aside for nobody."""
+        return self.max_rows - self.rows_set_aside
 
     @property
     def idle(self) -> bool:
@@ -78,7 +82,7 @@ class Scheduler:
         for sequence in sequences:
             assert sequence.rows <= self.max_rows
             sequence.stage = Stage.WAITING
-            self._lines[sequence.kind][sequence] = self.added
+            self._lines[sequence.rows > 0][sequence] = self.added
             self.added += 1
             if sequence.deadline is not None:
                 self._next_deadline = min(self._next_deadline, sequence.deadline)
@@ -93,18 +97,19 @@ class Scheduler:
 
     def admit(self) -> list[Group]:
         """Take from the line what fits into the free rows and the budget. They are running from now on."""
-        groups: dict[tuple[Kind, int], Group] = {}
+        groups: dict[tuple[Kind, int, int], Group] = {}
         spent = 0
         while (sequence := self._oldest_that_fits()) is not None:
-            length = self.ladder.rung(len(sequence.source_ids))
-            if spent and spent + length > self.encode_tokens:
+            length = self._source.rung(len(sequence.source_ids))
+            target_length = 0 if sequence.target_ids is None else self._target.rung(len(sequence.target_ids))
+            if spent and spent + length + target_length > self.encode_tokens:
                 break
-            spent += length
+            spent += length + target_length
             self._leave_line(sequence)
             sequence.stage = Stage.RUNNING
             self._running.add(sequence)
-            self.rows_in_use += sequence.rows
-            key = (sequence.kind, length)
+            self.rows_set_aside += sequence.rows
+            key = (sequence.kind, length, target_length)
             groups.setdefault(key, Group(*key, sequences=[])).sequences.append(sequence)
         return list(groups.values())
 
@@ -114,7 +119,7 @@ class Scheduler:
             self._leave_line(sequence)
         else:
             self._running.remove(sequence)
-            self.rows_in_use -= sequence.rows
+            self.rows_set_aside -= sequence.rows
         sequence.stage = Stage.DONE
         self.finished += 1
 
@@ -129,9 +134,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises RuntimeError with the numbers if the books do not balance."""
         rows = sum(sequence.rows for sequence in self._running)
-        if rows != self.rows_in_use or self.rows_in_use + self.rows_free != self.max_rows or self.rows_free < 0:
+        if rows != self.rows_set_aside or self.rows_set_aside + self.rows_free != self.max_rows or self.rows_free < 0:
             raise RuntimeError(
-                f"running sequences hold {rows} rows, the books say {self.rows_in_use} of {self.max_rows}"
+                f"{rows} rows are set aside for those that run, the books say {self.rows_set_aside} of {self.max_rows}"
             )
         if self.added != self.waiting + self.running + self.finished or self.left_line != self.added - self.waiting:
             raise RuntimeError(
@@ -140,7 +145,7 @@ class Scheduler:
             )
 
     def _leave_line(self, sequence: Sequence) -> None:
-        del self._lines[sequence.kind][sequence]
+        del self._lines[sequence.rows > 0][sequence]
         self.left_line += 1
 
     def _oldest_that_fits(self) -> Sequence | None:
@@ -149,4 +154,6 @@ class Scheduler:
         return min(heads, default=(0, None), key=lambda entry: entry[0])[1]
 
     def __repr__(self) -> str:
-        return f"<Scheduler {self.running} running, {self.waiting} waiting, {self.rows_in_use} of {self.max_rows} rows>"
+        return (
+            f"<Scheduler {self.running} running, {self.waiting} waiting, {self.rows_set_aside} of {self.max_rows} rows>"
+        )

@@ -123,7 +123,7 @@ def test_many_threads_submit_and_each_gets_its_own(bench: Bench) -> None:
         thread.join()
     bench.await_end(*sequences)
     for sequence in sequences:
-        assert bench.client.finished(sequence).ids == says(sequence.source_ids, 12)
+        assert bench.client.result(sequence).ids == says(sequence.source_ids, 12)
     wait_for(lambda: books(bench.metrics) == {"finished": 200, "running": 0, "waiting": 0})
 
 
@@ -189,7 +189,7 @@ def test_cancelling_while_it_is_being_encoded(bench: Bench) -> None:
     gate.set()
     bench.await_end(other)
     assert bench.client.last(cancelled) is None
-    assert bench.client.finished(other).ids == says(other.source_ids, 30)
+    assert bench.client.result(other).ids == says(other.source_ids, 30)
     assert bench.runner.steps == [2] + [1] * 29
 
 
@@ -253,7 +253,7 @@ def test_a_failing_step_does_not_end_the_engine(bench: Bench) -> None:
     bench.engine.submit([served])
     bench.await_end(served)
     assert isinstance(bench.client.error(failing), EngineFailure)
-    assert bench.client.finished(served).ids == says([3], 3)
+    assert bench.client.result(served).ids == says([3], 3)
 
 
 def test_an_error_of_our_own_does_not_end_the_engine_either(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,7 @@ def test_an_error_of_our_own_does_not_end_the_engine_either(bench: Bench, monkey
     bench.engine.submit([served])
     bench.await_end(served)
     assert isinstance(bench.client.error(failing), EngineFailure)
-    assert bench.client.finished(served).ids == says([3], 3)
+    assert bench.client.result(served).ids == says([3], 3)
     wait_for(lambda: books(bench.metrics) == {"finished": 2, "running": 0, "waiting": 0})
 
 

@@ -50,8 +50,8 @@ def _alone(runner: Runner) -> Model:
             core.add([sequence])
             while not core.idle:
                 core.iterate()
-        model.ids.append(client.finished(generation).ids)
-        model.log_probabilities.append(client.finished(generation).log_probabilities)
+        model.ids.append(client.result(generation).ids)
+        model.log_probabilities.append(client.result(generation).log_probabilities)
         model.vectors.append(client.vectors(encoding))
     return model
 
@@ -103,7 +103,7 @@ def test_alone_is_batched_at_every_admission_order(model: Model, data: st.DataOb
         if sequence.kind == "encode":
             assert client.vectors(sequence).tobytes() == model.vectors[place].tobytes()
             continue
-        finished = client.finished(sequence)
+        finished = client.result(sequence)
         assert finished.ids == model.ids[place]
         assert finished.log_probabilities == model.log_probabilities[place]
         tokens = [event for event in client.events[sequence] if isinstance(event, Token)]
@@ -120,7 +120,7 @@ def test_a_shorter_limit_cuts_the_same_answer(model: Model) -> None:
     while not core.idle:
         core.iterate()
     for sequence, limit, ids in zip(sequences, range(1, 99), model.ids, strict=False):
-        finished = client.finished(sequence)
+        finished = client.result(sequence)
         assert finished.ids == ids[:limit]
         assert finished.reason == ("stop" if ids[:limit][-1] == 2 else "length")
 

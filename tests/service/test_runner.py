@@ -20,7 +20,7 @@ import pytest
 import service
 import service.runner
 from service.artifact import Artifact
-from service.batch import Batch, pad
+from service.batch import Batch, StepOutput, pad
 from service.core import Core
 from service.engine import Engine
 from service.errors import ArtifactError, SettingsError
@@ -206,7 +206,7 @@ def test_an_engine_on_a_real_artifact_becomes_ready_and_says_what_it_is(tiny_art
     engine.submit([sequence])
     engine.drain(60)
     assert engine.join(60)
-    assert client.finished(sequence).ids == artifact.manifest.self_test[0].target_ids["cpu"]
+    assert client.result(sequence).ids == artifact.manifest.self_test[0].target_ids["cpu"]
 
 
 # ---- working in place ----
@@ -223,7 +223,8 @@ def test_state_is_read_and_written_in_place(runner: Runner) -> None:
         batch.append([client.generate(source)])
     before = {name: state.read(name).copy() for name in state.names}
     layout = state.layout
-    ids, scores = runner.step(batch, state, 3)
+    output = runner.step(batch, state, 3, logits=False)
+    ids, scores = output.ids, output.log_probabilities
     assert ids.shape == scores.shape == (2, 3)
     assert (np.diff(scores) <= 0).all()
     assert state.layout == layout
@@ -239,10 +240,12 @@ def test_more_candidates_are_a_longer_list_of_the_same(runner: Runner) -> None:
     runner.encode_into(state, *pad([[5, 6, 2]], ladder.first, 0))
     state.append(1)
     batch.append([Client().generate([5, 6, 2])])
-    one = [array.copy() for array in runner.step(batch, state, 1)]
-    many = runner.step(batch, state, 5)
+    one = _copies(runner.step(batch, state, 1, logits=False))
+    many = _copies(runner.step(batch, state, 5, logits=False))
     assert [array[0, 0] for array in many] == [array[0, 0] for array in one]
-    assert [array[0, 0] for array in runner.step(batch, state, 1)] == [array[0, 0] for array in one]
+    assert [array[0, 0] for array in _copies(runner.step(batch, state, 1, logits=False))] == [
+        array[0, 0] for array in one
+    ]
 
 
 def test_the_rehearsal_leaves_nothing_behind(runner: Runner) -> None:
@@ -281,9 +284,9 @@ def test_the_device_path_gives_the_answers_of_the_export(device_runner: Runner) 
     while not core.idle:
         core.iterate()
         core.check_integrity()
-    assert core.state.layout != (0, False), "rows were moved by the reorder graph"
+    assert core.state.layout != (0, (False, False)), "rows were moved by the reorder graph"
     for sequence, ids in answers.items():
-        assert client.finished(sequence).ids == ids
+        assert client.result(sequence).ids == ids
 
 
 def test_a_device_is_given_ids_and_lengths_anew_at_each_step(
@@ -298,8 +301,12 @@ def test_a_device_is_given_ids_and_lengths_anew_at_each_step(
     state.append(1)
     batch.append([Client().generate([5, 2])])
     for _ in range(3):
-        device_runner.step(batch, state, 1)
+        device_runner.step(batch, state, 1, logits=False)
     assert len(bound) == 3
+
+
+def _copies(output: StepOutput) -> list[np.ndarray]:
+    return [output.ids.copy(), output.log_probabilities.copy()]
 
 
 def _copy(artifact: Path, tmp_path: Path) -> Path:

@@ -23,7 +23,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(max_rows=3, encode_tokens=32, ladder=LADDER)
+        self.scheduler = Scheduler(max_rows=3, encode_tokens=32, source=LADDER, target=LADDER)
         self.now = 0.0
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -112,7 +112,7 @@ TestScheduler = SchedulerMachine.TestCase
 
 
 def _scheduler(**changes: int) -> Scheduler:
-    return Scheduler(**{"max_rows": 2, "encode_tokens": 16, "ladder": LADDER, **changes})  # type: ignore[arg-type]
+    return Scheduler(**{"max_rows": 2, "encode_tokens": 16, "source": LADDER, "target": LADDER, **changes})  # type: ignore[arg-type]
 
 
 def test_one_is_admitted_even_if_it_is_above_the_budget() -> None:
@@ -149,8 +149,8 @@ def test_encodings_pass_those_who_wait_for_a_row() -> None:
 def test_broken_books_are_reported_with_the_numbers() -> None:
     """An error of bookkeeping is not carried on with."""
     scheduler = _scheduler()
-    scheduler.rows_in_use = 1
-    with pytest.raises(RuntimeError, match="hold 0 rows, the books say 1 of 2"):
+    scheduler.rows_set_aside = 1
+    with pytest.raises(RuntimeError, match="0 rows are set aside .* the books say 1 of 2"):
         scheduler.check_integrity()
     scheduler = _scheduler()
     scheduler.added = 3
