@@ -20,10 +20,19 @@ from service.middleware import Envelope, Linger
 from service.openapi import DESCRIPTION, describe, operation
 from service.probes import add_probes
 from service.problem import add_problem_handlers, validation_failed
-from service.schemas import EncodeRequest, EncodeResponse, GenerateRequest, GenerateResponse, ModelList
+from service.schemas import (
+    EncodeRequest,
+    EncodeResponse,
+    GenerateRequest,
+    GenerateResponse,
+    ModelList,
+    ScoreRequest,
+    ScoreResponse,
+)
+from service.score import score
 from service.served_model import ServedModel
 
-Asked = TypeVar("Asked", GenerateRequest, EncodeRequest)
+Asked = TypeVar("Asked", GenerateRequest, EncodeRequest, ScoreRequest)
 
 _KEEP_ALIVE_BODY = 64 * 1024
 """An unread body up to this long (bytes) is left to the server, which skips it and keeps the connection."""
@@ -62,7 +71,8 @@ def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
     async def post_generate(request: Request) -> Response:
         """Translate, correct, transcribe: whatever the model turns one text into.
 
-        One output per input, in order; greedy decoding. With `stream` the answer comes as server-sent events.
+        One output per input, in order. Greedy decoding by default; `parameters` asks for beams, sampling, several
+        sequences and more. With `stream` the answer comes as server-sent events.
         """
         asked = await _asked(request, model, GenerateRequest)
         return await generate(model, app.state.mailbox, asked, request)
@@ -72,6 +82,12 @@ def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
         """The encoder's vectors of each text, pooled to one or token by token."""
         asked = await _asked(request, model, EncodeRequest)
         return await encode(model, app.state.mailbox, asked, request)
+
+    @app.post("/v1/score", **operation("score", "How probable a text is", ScoreRequest, ScoreResponse))
+    async def post_score(request: Request) -> Response:
+        """The log-probability of each target, given its input: what a beam search would have added up for it."""
+        asked = await _asked(request, model, ScoreRequest)
+        return await score(model, app.state.mailbox, asked, request)
 
     @app.get(
         "/v1/models", response_model=ModelList, tags=["models"], operation_id="models", summary="The models served here"
