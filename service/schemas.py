@@ -38,13 +38,17 @@ Inputs = Annotated[
 ]
 
 
+_DEFAULTS = Parameters()
+"""One for all: a default value, unlike what a factory gives, would be copied for each request."""
+
+
 class GenerateRequest(Closed):
     """The body of POST /v1/generate."""
 
     inputs: Inputs
     model: str | None = Field(default=None, description="Name of the model, as GET /v1/models lists it.")
     stream: bool = Field(default=False, description="Answer as server-sent events, while the text is being generated.")
-    parameters: Parameters = Parameters()
+    parameters: Parameters = Field(default_factory=lambda: _DEFAULTS)
 
 
 class EncodeRequest(Closed):
