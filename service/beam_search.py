@@ -57,6 +57,10 @@ class BeamSearch:
             elif len(live) < self._width:
                 live.append(self._constraints.extended(hypothesis, by))
                 parents.append(row)
+        if not ranked:  # whatever could follow is forbidden
+            for hypothesis in self._live:
+                if hypothesis.ids:
+                    self._end(hypothesis, "stop")
         self._live = live
         if live and self._decided():
             self._live, parents = [], []
@@ -69,6 +73,8 @@ class BeamSearch:
         All that can still win share it, so it belongs to every result.
         """
         contenders = [*self._live, *(hypothesis for _, hypothesis, _ in self._ended)]
+        if not contenders:
+            return []
         first = contenders[0]
         begin = end = self._certain
         shortest = min(len(hypothesis.ids) for hypothesis in contenders)
@@ -87,8 +93,8 @@ class BeamSearch:
             (self._ranking(hypothesis), hypothesis, "timeout") for hypothesis in self._live if hypothesis.ids
         ]
         best = sorted([*self._ended, *unfinished], key=itemgetter(0), reverse=True)
-        if not best:  # everything was forbidden
-            return [self._constraints.beginning().result("stop")]
+        if not best:  # there was no time for a token, or every one was forbidden
+            return [self._constraints.beginning().result("timeout" if self._live else "stop")]
         return [hypothesis.result(reason) for _, hypothesis, reason in best[: self._parameters.num_return_sequences]]
 
     def _end(self, hypothesis: Hypothesis, reason: FinishReason) -> None:
