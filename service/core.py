@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -95,11 +95,13 @@ class Core:
         self._clock = clock
         self._events: list[tuple[Sequence, Event]] = []
         self._growths = self.state.growths
-        self._layout = self.state.layout
         self._last_token_at = 0.0
-        metrics.rows_capacity.set(max_rows)
-        metrics.state_bytes_limit.set(self.state.max_nbytes)
-        metrics.state_bytes.set(self.state.nbytes)
+        self._layout = self.state.layout
+        self._state_bytes = self.state.nbytes
+        self._reported = _Levels()
+        metrics.rows_capacity.inc(max_rows)
+        metrics.state_bytes_limit.inc(self.state.max_nbytes)
+        self._report()
 
     @property
     def idle(self) -> bool:
@@ -375,12 +377,24 @@ class Core:
         return Timings(sequence.admitted_at - began, first, self._clock() - began)
 
     def _report(self) -> None:
-        metrics = self._metrics
-        metrics.num_requests_running.set(self.scheduler.running)
-        metrics.rows_in_use.set(self.batch.rows)
+        """Tell the gauges what has changed: other cores add to the same ones."""
+        metrics, before = self._metrics, self._reported
         if self.state.layout != self._layout:
-            self._layout = self.state.layout
-            metrics.state_bytes.set(self.state.nbytes)
+            self._layout, self._state_bytes = self.state.layout, self.state.nbytes
+        now = _Levels(self.scheduler.running, self.batch.rows, self._state_bytes)
+        if now != before:
+            metrics.num_requests_running.inc(now.running - before.running)
+            metrics.rows_in_use.inc(now.rows - before.rows)
+            metrics.state_bytes.inc(now.state_bytes - before.state_bytes)
+            self._reported = now
         if self.state.growths != self._growths:
             metrics.state_growths.inc(self.state.growths - self._growths)
             self._growths = self.state.growths
+
+
+class _Levels(NamedTuple):
+    """What a core has added to the gauges."""
+
+    running: int = 0
+    rows: int = 0
+    state_bytes: int = 0

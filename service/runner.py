@@ -6,6 +6,7 @@ wherever they live; only ids, lengths and candidates cross between host and devi
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from service.batch import Batch, Ints, StepOutput
 from service.errors import ArtifactError, SettingsError
 from service.graphs import check_decoder, check_encoder, check_reorder, products_on
 from service.ladder import Ladder
-from service.processors import usable_processors
+from service.processors import Division
 from service.sequence import Floats
 from service.settings import Settings
 from service.state import Allocate, Array, HostBlock, State
@@ -85,7 +86,7 @@ class Runner:
 
     def __init__(self, artifact: Artifact, settings: Settings) -> None:
         self.variant = choose_variant(settings.provider, artifact)
-        self.threads = settings.threads or usable_processors()
+        self.division = Division.of(settings, on_gpu=self.variant == "cuda")
         self.manifest = artifact.manifest
         self.precision = self.manifest.variants[self.variant].precision
         self._device_id = settings.device_id
@@ -102,6 +103,15 @@ class Runner:
             self._reorder = self._session(artifact, graphs.reorder, settings)
             check_reorder(self._reorder, self.manifest, artifact.graph(graphs.reorder))
         self._written = [output.name for output in self._decoder.get_outputs() if output.name.startswith("next_")]
+        self._begin()
+
+    def twin(self) -> Runner:
+        """Another one on the same sessions, for another thread: what is bound is its own."""
+        twin = copy.copy(self)
+        twin._begin()
+        return twin
+
+    def _begin(self) -> None:
         self._k = np.array(0, np.int64)
         self._candidate_ids: Ints = np.empty(0, np.int64)
         self._candidate_scores: Floats = np.empty(0, np.float32)
@@ -223,7 +233,7 @@ class Runner:
 
     def _session(self, artifact: Artifact, graph: str, settings: Settings) -> ort.InferenceSession:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        options.intra_op_num_threads = self.division.threads
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3

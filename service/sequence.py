@@ -163,7 +163,7 @@ class Sequence:
 
     __slots__ = (
         "admitted_at", "deadline", "endpoint", "first_token_at", "held", "kind", "on_event", "parameters", "search",
-        "source_ids", "stage", "stream", "submitted_at", "target_ids",
+        "source_ids", "stage", "stream", "submitted_at", "target_ids", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -197,6 +197,7 @@ class Sequence:
         """The metrics' label: a short fixed word, never anything that a client wrote."""
         # ---- the engine's ----
         self.stage = Stage.NEW
+        self.worker = 0
         self.search: Search | None = None
         self.held: list[int] = []
         self.submitted_at = 0.0

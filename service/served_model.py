@@ -56,6 +56,10 @@ class ModelEngine(SubmitsSequences, Protocol):
     def status(self) -> Status:
         """Where it is in its life."""
 
+    @property
+    def rows_per_sequence(self) -> int:
+        """Rows that one input may take at most."""
+
     def start(self) -> None:
         """Start the thread; returns at once."""
 
@@ -107,7 +111,7 @@ class ServedModel:
         `path` is what a refusal writes before the name of a field.
         """
         manifest = self.artifact.manifest
-        limits = Limits(max_target_tokens=manifest.max_target_tokens, max_rows=self.settings.max_rows)
+        limits = Limits(max_target_tokens=manifest.max_target_tokens, max_rows=self.engine.rows_per_sequence)
         if len(asked.prefix) > self._longest_token * manifest.max_target_tokens:
             raise ValidationFailed(
                 f"{path}prefix: has {len(asked.prefix):,} characters, "

@@ -111,6 +111,7 @@ class FakeEngine:
         self.may_load.set()
         self.may_work.set()
         self.room = room
+        self.rows_per_sequence = 16
         self.open: list[Sequence] = []
         self.cancelled: list[Sequence] = []
         self.received: list[Sequence] = []

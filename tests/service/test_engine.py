@@ -53,14 +53,14 @@ class Bench:
         self.settings = Settings(max_rows=max_rows, max_queue=max_queue)
         self.core: Core | None = None
         self.engine = Engine(
-            Artifact(Path(), MANIFEST), self.settings, self.metrics, open_core=self._open, clock=time.monotonic
+            Artifact(Path(), MANIFEST), self.settings, self.metrics, open_cores=self._open, clock=time.monotonic
         )
 
-    def _open(self) -> Core:
+    def _open(self) -> list[Core]:
         self.core = Core(
             self.runner, self.metrics, max_rows=self.settings.max_rows, encode_tokens=64, clock=time.monotonic
         )
-        return self.core
+        return [self.core]
 
     def _before_step(self) -> None:
         self.in_step.set()
@@ -289,13 +289,13 @@ def test_before_it_is_ready_it_refuses() -> None:
         bench.engine.submit([bench.client.generate([3])])
     assert bench.engine.status == "new"
     assert bench.engine.join(0)
-    opened, opening = threading.Event(), bench.engine._open_core
+    opened, opening = threading.Event(), bench.engine._open_cores
 
     def slow() -> Core:
         assert opened.wait(PATIENCE)
         return opening()
 
-    bench.engine._open_core = slow
+    bench.engine._open_cores = slow
     bench.engine.start()
     assert bench.engine.status == "starting"
     assert not bench.engine.wait_ready(0)
@@ -318,7 +318,7 @@ def test_a_failed_start_is_told_to_who_waits(caplog: pytest.LogCaptureFixture) -
         def broken(error: Exception = raised) -> Core:
             raise error
 
-        bench.engine._open_core = broken
+        bench.engine._open_cores = broken
         bench.engine.start()
         with pytest.raises(StartupError, match=told):
             bench.engine.wait_ready(PATIENCE)
