@@ -41,7 +41,7 @@ class Translation:
         self._detokenizer = model.tokenizer.detokenizer(prefix, asked.stop)
         self._room = threading.Semaphore(min(WINDOW, model.settings.max_queue))
         self._unseen = threading.Semaphore(_UNSEEN)
-        # What the reader thread and the engine's thread tell the main thread. None: the input has ended.
+        # What the reader thread and the engine's threads tell the main thread. None: the input has ended.
         self._inbox: queue.SimpleQueue[Line | tuple[int, Event] | BaseException | None] = queue.SimpleQueue()
         self._answers: dict[int, str | LineFailed] = {}
 
@@ -106,7 +106,7 @@ class Translation:
             self._answers[number] = LineFailed(str(error))
 
     def _tell(self, number: int, event: Event) -> None:
-        """On the engine's thread."""
+        """On one of the engine's threads."""
         self._inbox.put((number, event))
 
     def _take(self, number: int, event: Event) -> None:
