@@ -128,8 +128,10 @@ class Alternatives:
         return told
 
     def results(self) -> list[Result]:
-        """The best of each alternative, the most probable first token first."""
+        """The best of each alternative, the most probable first token first; an empty one if there is none."""
         numbers = sorted([*self._at_once, *self._searches])
+        if not numbers:  # there was no time for a token, or every one was forbidden
+            return [self._beginning.result("stop" if self._begun else "timeout")]
         return [self._at_once[n] if n in self._at_once else self._searches[n].results()[0] for n in numbers]
 
     @property
