@@ -37,7 +37,7 @@ class EngineRefusal(Exception):
 
 
 class Mailbox:
-    """Events from the engine's threads to one event loop, with one hop for as many as have come; each thread's in order."""
+    """Events from the engine's threads to one event loop, each thread's in order, one hop for as many as have come."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

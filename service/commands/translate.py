@@ -12,7 +12,7 @@ from service.commands.parameter_flags import add_parameters, named_as_flags, rea
 from service.errors import SettingsError, ValidationFailed
 from service.settings import add_arguments, read_settings
 
-_SETTINGS = ("model", "provider", "device_id", "threads", "spinning", "max_rows", "encode_tokens")
+_SETTINGS = ("model", "provider", "device_id", "workers", "threads", "spinning", "max_rows", "encode_tokens")
 _PARAMETERS = (
     "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping", "do_sample", "temperature",
     "top_k", "top_p", "seed", "repetition_penalty", "no_repeat_ngram_size", "stop", "suppress", "prefix",

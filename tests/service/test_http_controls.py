@@ -1,19 +1,23 @@
 """The controls of a generation over HTTP with the real engine and the tiny model, all in one running batch."""
 
+import contextlib
 import itertools
 import json
 import logging
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.served_model import load
+from service.served_model import ServedModel, load
 from service.settings import Settings
+from tests.service.fake_server import serving
 
 TEXTS = [
     "Where is the station?",
@@ -40,14 +44,19 @@ CONTROLS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def client(tiny_artifact: Path) -> Iterator[TestClient]:
+def model(tiny_artifact: Path) -> Iterator[ServedModel]:
     logging.getLogger("service").setLevel(logging.INFO)
-    model = load(Settings(model=f"tiny={tiny_artifact}", provider="cpu", threads=1, max_rows=12))
+    model = load(Settings(model=f"tiny={tiny_artifact}", provider="cpu", threads=1, max_rows=24, workers=2))
     model.engine.start()
     assert model.engine.wait_ready(60)
+    yield model
+    model.engine.stop()
+
+
+@pytest.fixture(scope="module")
+def client(model: ServedModel) -> Iterator[TestClient]:
     with TestClient(create_app(model)) as client:
         yield client
-    model.engine.stop()
 
 
 def generate(client: TestClient, inputs: Any, **parameters: Any) -> dict[str, Any]:
@@ -61,7 +70,7 @@ def sequences(client: TestClient, text: str, **parameters: Any) -> list[dict[str
 
 
 def test_any_mix_of_requests_gives_what_each_gets_alone(client: TestClient) -> None:
-    """Texts, scores, tokens and reasons, with all controls at once in 12 rows, several calls at a time."""
+    """Texts, scores, tokens and reasons, with all controls at once, several calls at a time."""
     pairs = list(itertools.product(TEXTS, CONTROLS))
     alone = [sequences(client, text, **controls) for text, controls in pairs]
     with ThreadPoolExecutor(16) as pool:
@@ -162,3 +171,33 @@ def test_a_greedy_answer_continues_from_any_beginning_of_it(client: TestClient) 
     if "\ufffd" not in beginning:
         (rest,) = sequences(client, text, prefix=beginning)
         assert rest["tokens"] == whole["tokens"][1:]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("controls", [{}, CONTROLS[1], CONTROLS[4], CONTROLS[8]])
+def test_a_client_that_leaves_frees_its_rows(
+    model: ServedModel, client: TestClient, controls: dict[str, Any], stream: bool
+) -> None:
+    """Whatever it asked for: at once, long before its thousand inputs would have been done; each is counted."""
+    body = {"inputs": TEXTS[:4] * 250, "stream": stream, "parameters": controls}
+
+    def metric(name: str, words: str = "") -> float:
+        lines = client.get("/metrics").text.splitlines()
+        found = [line for line in lines if line.startswith(name) and words in line]
+        return sum(float(line.rpartition(" ")[2]) for line in found)
+
+    def ended() -> float:
+        return metric("transduce_requests_total")
+
+    before, cancelled_before = ended(), metric("transduce_requests_total", "cancelled")
+    with serving(model) as port, contextlib.suppress(httpx.ReadTimeout):
+        timeout = httpx.Timeout(30, read=None if stream else 0.1)
+        with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/generate", json=body, timeout=timeout) as response:
+            next(response.iter_lines())
+    until = time.monotonic() + 20
+    while ended() - before < 1000:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert ended() - before == 1000
+    assert metric("transduce_rows_in_use") == 0
+    assert metric("transduce_requests_total", "cancelled") - cancelled_before > 100
