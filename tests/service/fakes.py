@@ -223,6 +223,29 @@ def make_core(
     return Core(runner, metrics, max_rows=max_rows, encode_tokens=encode_tokens, clock=clock)
 
 
+class Bench:
+    """A core and all that is around it."""
+
+    def __init__(self, **sizes: int) -> None:
+        self.runner, self.metrics, self.clock, self.client = FakeRunner(), make_metrics(), Clock(), Client()
+        self.core = make_core(self.runner, self.metrics, self.clock, **sizes)
+
+    def submit(self, *sequences: Sequence) -> None:
+        """Let them wait, from now on."""
+        for sequence in sequences:
+            sequence.submitted_at = self.clock.now
+        self.core.add(sequences)
+
+    def run(self, iterations: int = 10_000) -> None:
+        """Iterate until idle, checking the books each time."""
+        for _ in range(iterations):
+            if self.core.idle:
+                break
+            self.core.iterate()
+            self.core.check_integrity()
+            self.clock.now += 0.01
+
+
 def sample(metrics: Metrics, name: str, **labels: str) -> float:
     """The value of a sample, summed over the labels that are not given."""
     found = [

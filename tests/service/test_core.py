@@ -18,40 +18,14 @@ from tests.service.fakes import (
     LONGEST_TARGET,
     TALKATIVE,
     VOCAB,
-    Client,
-    Clock,
-    FakeRunner,
+    Bench,
     books,
-    make_core,
-    make_metrics,
     sample,
     says,
 )
 
 LONG = TALKATIVE[0]
 SOURCES = st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=LONGEST_SOURCE)
-
-
-class Bench:
-    """A core and all that is around it."""
-
-    def __init__(self, **sizes: int) -> None:
-        self.runner, self.metrics, self.clock, self.client = FakeRunner(), make_metrics(), Clock(), Client()
-        self.core = make_core(self.runner, self.metrics, self.clock, **sizes)
-
-    def submit(self, *sequences: Sequence) -> None:
-        for sequence in sequences:
-            sequence.submitted_at = self.clock.now
-        self.core.add(sequences)
-
-    def run(self, iterations: int = 10_000) -> None:
-        """Iterate until idle, checking the books each time."""
-        for _ in range(iterations):
-            if self.core.idle:
-                break
-            self.core.iterate()
-            self.core.check_integrity()
-            self.clock.now += 0.01
 
 
 @pytest.fixture

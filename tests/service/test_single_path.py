@@ -72,7 +72,7 @@ def _chances(scores: np.ndarray, *, top_k: int = 0, top_p: float = 1.0, temperat
     weights /= weights.sum()
     kept: dict[int, float] = {}
     for id, weight in zip(ranked, weights.tolist(), strict=True):
-        if kept and sum(kept.values()) >= top_p:
+        if kept and top_p < 1 and sum(kept.values()) >= top_p:
             break
         kept[id] = weight
     return {id: weight / sum(kept.values()) for id, weight in kept.items()}
