@@ -24,6 +24,7 @@ from service.sequence import (
     Finished,
     GenerateParameters,
     Result,
+    Scored,
     Sequence,
     Token,
 )
@@ -191,6 +192,20 @@ class Client:
         """Its only result."""
         (result,) = self.finished(sequence).results
         return result
+
+    def told(self, sequence: Sequence) -> list[object]:
+        """All that it was told, without times: equal if every token, number and result is."""
+        contents: list[object] = []
+        for event in self.events[sequence]:
+            if isinstance(event, Token):
+                contents.append(event)
+            elif isinstance(event, Finished):
+                contents.append(event.results)
+            elif isinstance(event, Scored):
+                contents.append(event.log_probabilities)
+            else:
+                contents.append(event.error if isinstance(event, Failed) else event.memory.tolist())
+        return contents
 
     def error(self, sequence: Sequence) -> Exception:
         """The error that it got, and nothing after it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -167,6 +168,25 @@ def test_an_end_that_is_not_among_the_best_does_not_count() -> None:
     assert search.last_ids == [5, 8]
     assert repr(search) == "<BeamSearch 2 live, 1 ended, best -0.550>"
     assert search.certain() == []
+
+
+@pytest.mark.parametrize(
+    ("early_stopping", "length_penalty", "goes_on"),
+    [(True, 1.0, False), (False, 1.0, True), ("never", 1.0, True), (False, -1.0, True), ("never", -1.0, True)],
+)
+def test_how_good_a_live_hypothesis_may_become(
+    early_stopping: bool | Literal["never"], length_penalty: float, goes_on: bool
+) -> None:
+    """Two of two have ended, a better one goes on: only `true` stops there. Where a penalty below 0 favours what is
+    short, "never" does not hope for a longer text but asks at the present length."""
+    asked = {"early_stopping": early_stopping, "length_penalty": length_penalty}
+    parameters = GenerateParameters(60, num_beams=2, **asked)  # type: ignore[arg-type]
+    search = BeamSearch(parameters, Constraints(parameters, SPECIAL), 60)
+    search.advance(Outlook([[5, EOS, 6, 7]], [[-0.1, -5.0, -6.0, -7.0]], None))
+    search.advance(
+        Outlook([[7, EOS, 8, 9], [7, 8, 9, EOS]], [[-0.1, -3.0, -8.0, -9.0], [-8.0, -9.0, -9.5, -9.9]], None)
+    )
+    assert search.done != goes_on
 
 
 def test_tokens_that_are_never_said_do_not_come_even_if_they_are_the_best() -> None:

@@ -289,6 +289,49 @@ def test_the_device_path_gives_the_answers_of_the_export(device_runner: Runner) 
         assert client.result(sequence).ids == ids
 
 
+def test_searches_on_the_device_path_are_the_same_alone_and_together(
+    device_runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beams, samples and alternatives part, meet and end: their rows are moved by the reorder graph, within a sequence
+    and between sequences, and all that each is told is what it is told alone."""
+    asked: list[dict[str, object]] = [
+        {"num_beams": 4, "num_return_sequences": 4},
+        {"num_beams": 3, "prefix_ids": (7, 8), "repetition_penalty": 1.3},
+        {"do_sample": True, "seed": 1, "num_return_sequences": 3},
+        {"return_alternatives": True, "num_return_sequences": 3},
+        {},
+    ]
+    sources = [test.source_ids for test in device_runner.manifest.self_test]
+    moves: list[bool] = []  # whether the source's state was moved too
+    gather = Runner.gather
+
+    def spy(runner: Runner, state: State, rows_from: np.ndarray, names: list[str]) -> None:
+        moves.append(len(names) == len(state.names))
+        gather(runner, state, rows_from, names)
+
+    monkeypatch.setattr(Runner, "gather", spy)
+
+    def told(calls: list[int], pause: int) -> list[list[object]]:
+        core, client = Core(device_runner, make_metrics(), max_rows=8, encode_tokens=64, clock=Clock()), Client()
+        sequences = []
+        for call in calls:
+            sequences.append(client.generate(sources[call % len(sources)], 16, stream=True, **asked[call % len(asked)]))
+            core.add(sequences[-1:])
+            for _ in range(pause):
+                core.iterate()
+        while not core.idle:
+            core.iterate()
+            core.check_integrity()
+        return [client.told(sequence) for sequence in sequences]
+
+    calls = list(range(12))
+    alone = [told([call], 0)[0] for call in calls]
+    assert told(calls, 0) == alone
+    assert told(calls, 2) == alone
+    assert moves.count(False) > 10
+    assert moves.count(True) > 10
+
+
 def test_a_device_is_given_ids_and_lengths_anew_at_each_step(
     device_runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from service.errors import DeadlineExceeded, EngineFailure
 from service.search import search_for
-from service.sequence import Event, Failed, Finished, GenerateParameters, Scored, Sequence, Stage, Token
+from service.sequence import Event, Finished, GenerateParameters, Scored, Sequence, Stage, Token
 from tests.service.fakes import EOS, LONGEST_TARGET, TALKATIVE, VOCAB, Bench, books, sample, says
 from tests.service.references import SPECIAL, Slow, requests
 
@@ -77,7 +77,7 @@ class Asked:
         sequence = self.sequence(bench)
         bench.submit(sequence)
         bench.run()
-        return facts(bench, sequence)
+        return bench.client.told(sequence)
 
 
 @st.composite
@@ -91,21 +91,6 @@ def asked(draw: st.DrawFn) -> Asked:
         draw(st.sampled_from(["stays"] * 4 + ["cancelled", "late"])),
         draw(st.integers(0, 8)),
     )
-
-
-def facts(bench: Bench, sequence: Sequence) -> list[object]:
-    """The events without their times, comparable."""
-    told: list[object] = []
-    for event in bench.client.events[sequence]:
-        if isinstance(event, Token):
-            told.append(event)
-        elif isinstance(event, Finished):
-            told.append(event.results)
-        elif isinstance(event, Scored):
-            told.append(event.log_probabilities)
-        else:
-            told.append(event.error if isinstance(event, Failed) else event.memory.tolist())
-    return told
 
 
 def _check_late(alone: list[object], told: list[object]) -> None:
@@ -146,7 +131,7 @@ def test_every_search_is_as_if_it_were_alone(calls: list[Asked], max_rows: int, 
     bench.core.iterate()  # as after every command: the gauges are told then
     generated = 0
     for sequence, call in zip(sequences, calls, strict=True):
-        alone, told = call.alone(), facts(bench, sequence)
+        alone, told = call.alone(), bench.client.told(sequence)
         if call.fate == "stays":
             assert told == alone
         elif call.fate == "late":
