@@ -259,7 +259,7 @@ def test_a_failing_step_does_not_end_the_engine(bench: Bench) -> None:
 def test_an_error_of_our_own_does_not_end_the_engine_either(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever an iteration raises: all that it worked on are answered, and the books balance."""
     with monkeypatch.context() as patch:
-        patch.setattr("service.core.endings", lambda *_, **__: 1 / 0)
+        patch.setattr("service.decoding.endings", lambda *_, **__: 1 / 0)
         failing = bench.client.generate([3], 3)
         bench.engine.submit([failing])
         bench.await_end(failing)
