@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +25,7 @@ class SpecialIds:
     """Never generated: padding and the start."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outlook:
+class Outlook(NamedTuple):
     """What a step says of some rows: candidates, best first, and all logits if a search asked for them."""
 
     ids: list[list[int]]  # [rows][k]
@@ -38,8 +38,7 @@ class Outlook:
         return Outlook(self.ids[first:last], self.log_probabilities[first:last], logits)
 
 
-@dataclass(frozen=True, slots=True)
-class Continuation:
+class Continuation(NamedTuple):
     """One token that may follow: what the search thinks of it, and the model's own log-probability."""
 
     id: int
@@ -47,8 +46,7 @@ class Continuation:
     log_probability: float
 
 
-@dataclass(frozen=True, slots=True)
-class Hypothesis:
+class Hypothesis(NamedTuple):
     """Tokens after the prefix."""
 
     ids: list[int]
@@ -125,8 +123,10 @@ class Constraints:
         """
         if self.needs_logits(banned):
             assert outlook.logits is not None
-            scores, log_probabilities = self.scores(hypothesis, banned, outlook.logits[row])
-            return [Continuation(id, float(scores[id]), float(log_probabilities[id])) for id in largest(scores, count)]
+            scores, values = self.scores(hypothesis, banned, outlook.logits[row])
+            return [Continuation(id, float(scores[id]), float(values[id])) for id in largest(scores, count)]
+        if not banned and (first := outlook.log_probabilities[row][:count])[-1] != -np.inf:
+            return list(map(Continuation, outlook.ids[row], first, first))
         found: list[Continuation] = []
         for id, value in zip(outlook.ids[row], outlook.log_probabilities[row], strict=True):
             if id not in banned and value != -np.inf:
