@@ -129,12 +129,18 @@ def test_truncate_cuts_to_the_limit(client: TestClient) -> None:
         assert generate(client, text, truncate=True)["usage"]["source_tokens"] == 64
 
 
-def test_a_timeout_while_generating_gives_what_there_is() -> None:
-    """200, with finish reason timeout and the text so far."""
+@pytest.mark.parametrize(
+    "more", [{}, {"num_beams": 2, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}]
+)
+def test_a_timeout_while_generating_gives_what_there_is(more: dict[str, Any]) -> None:
+    """200, with finish reason timeout and the text so far, of every sequence."""
     with TestClient(create_app(fake_model(FakeEngine(step_seconds=0.02)))) as client:
-        sequence = generate(client, "a" * 40, timeout=0.1)["outputs"][0]["sequences"][0]
-    assert sequence["finish_reason"] == "timeout"
-    assert 0 < len(sequence["text"]) < 40
+        sequences = generate(client, "a" * 40, prefix="b", timeout=0.1, **more)["outputs"][0]["sequences"]
+    assert len(sequences) == more.get("num_return_sequences", 1)
+    for sequence in sequences:
+        assert sequence["finish_reason"] == "timeout"
+        assert 1 < len(sequence["text"]) < 40
+        assert sequence["text"].startswith("ba")
 
 
 def test_null_means_left_out(client: TestClient) -> None:
