@@ -6,6 +6,7 @@ searches against. Of the service it shares the parameters' names and nothing els
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -44,6 +45,7 @@ class RandomModel:
         return self._known[key]
 
 
+@functools.cache
 def spellings(vocabulary: int, seed: int = 0) -> list[bytes]:
     """Bytes of so many tokens: few letters, so that texts are spelt in many ways. Special tokens have none."""
     rng = np.random.default_rng(seed)

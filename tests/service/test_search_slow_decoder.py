@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,15 @@ class Pair:
         target = [BOS, *prefix, *ids]
         scores = torch.from_numpy(self.logits(source, target[:-1])).log_softmax(-1)
         return [float(scores[place - 1, target[place]]) for place in range(1 + len(prefix), len(target))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Products of this size are not worth a second thread, which would only wait for a busy processor."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["pre-norm", "post-norm"])
