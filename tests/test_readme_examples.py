@@ -33,7 +33,7 @@ def client() -> Iterator[TestClient]:
 
 def test_there_are_examples() -> None:
     """Of every route that takes a body."""
-    assert {path for path, _, _ in EXAMPLES} >= {"/v1/generate", "/v1/encode"}
+    assert {path for path, _, _ in EXAMPLES} == {"/v1/generate", "/v1/encode", "/v1/score"}
 
 
 @pytest.mark.parametrize(("path", "body", "shown"), EXAMPLES)

@@ -201,3 +201,32 @@ def test_a_client_that_leaves_frees_its_rows(
     assert ended() - before == 1000
     assert metric("transduce_rows_in_use") == 0
     assert metric("transduce_requests_total", "cancelled") - cancelled_before > 100
+
+
+def test_a_score_is_what_generation_added_up(client: TestClient) -> None:
+    """Of a greedy answer: the same tokens, and their log-probabilities, within what quantised arithmetic allows."""
+    for text in filter(None, TEXTS):
+        (one,) = sequences(client, text, suppress=["\ufffd"])
+        if one["finish_reason"] != "stop" or "\ufffd" in one["text"]:
+            continue
+        body = {"inputs": text, "targets": one["text"], "return_tokens": True}
+        (scored,) = client.post("/v1/score", json=body).json()["outputs"]
+        if [token["id"] for token in scored["tokens"]] == [token["id"] for token in one["tokens"]]:
+            found = [token["logprob"] for token in one["tokens"]]
+            assert [token["logprob"] for token in scored["tokens"]] == pytest.approx(found, abs=0.05)
+            assert scored["score"] == pytest.approx(sum(token["logprob"] for token in scored["tokens"]))
+
+
+def test_alignments_are_of_the_tokens_and_their_rows_add_up(client: TestClient) -> None:
+    """Greedy, by beams and by samples; alone and together the same numbers."""
+    for more in ({}, {"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "seed": 1, "prefix": "the"}):
+        options = {**EXTRAS, **more, "return_alignments": True}
+        outputs = generate(client, TEXTS, **options)["outputs"]
+        assert outputs == [generate(client, text, **options)["outputs"][0] for text in TEXTS]
+        for text, output in zip(TEXTS, outputs, strict=True):
+            assert "".join(token["text"] for token in output["source_tokens"]) == text
+            for sequence in output["sequences"]:
+                assert len(sequence["alignment"]) == len(sequence["tokens"])
+                for row in sequence["alignment"]:
+                    assert len(row) == len(output["source_tokens"])
+                    assert sum(row) == pytest.approx(1, abs=1e-3)
