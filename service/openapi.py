@@ -79,10 +79,10 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
         "a vector per token": {"inputs": "Good morning!", "pooling": "none", "encoding_format": "base64"},
     },
     "score": {
-        "one pair": {"inputs": "Good morning!", "targets": "Guten Morgen!"},
+        "one pair": {"inputs": "Good evening!", "targets": "Guten Abend!"},
         "several pairs": {
-            "inputs": ["Good morning!", "Good morning!"],
-            "targets": ["Guten Morgen!", "Gute Nacht!"],
+            "inputs": ["Good evening!", "Good evening!"],
+            "targets": ["Guten Abend!", "Gute Nacht!"],
             "return_tokens": True,
         },
     },
@@ -104,8 +104,8 @@ _ANSWER_EXAMPLES: dict[str, dict[str, Any]] = {
     "score": {
         "id": "score-0b0d9b7f6c4e4bd5b0f0a3f1f7f6f1c2",
         "model": "tatoeba-en-de",
-        "outputs": [{"score": -0.7318}],
-        "usage": {"source_tokens": 5, "target_tokens": 4},
+        "outputs": [{"score": -1.4516825}],
+        "usage": {"source_tokens": 5, "target_tokens": 5},
     },
 }
 
