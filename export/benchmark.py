@@ -41,17 +41,13 @@ def time_step(
 ) -> tuple[float, float]:
     """A decoder step with rows at different positions."""
     rng = np.random.default_rng(0)
-    sizes = {"rows": rows, "target_capacity": TARGET_CAPACITY, "source_capacity": SOURCE_CAPACITY}
-    types = {port.name: np.float16 if port.type == "tensor(float16)" else np.float32 for port in session.get_inputs()}
     feeds: dict[str, Any] = {
         "last_ids": rng.integers(3, 100, rows),
         "positions": rng.integers(0, MOST_POSITIONS, rows),
         "source_lengths": rng.integers(4, SOURCE_CAPACITY + 1, rows),
         "k": np.array(k),
     }
-    for tensor in state:
-        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor["shape"]]
-        feeds[tensor["name"]] = rng.normal(size=shape).astype(types[tensor["name"]])
+    feeds |= _some_state(session, state, rows, SOURCE_CAPACITY)
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
     binding = session.io_binding()
     for name, value in values.items():
@@ -74,6 +70,33 @@ def time_encoder(session: onnxruntime.InferenceSession, rows: int, size: int) ->
     return milliseconds(lambda: session.run(None, feeds), 30)
 
 
+def time_scorer(
+    session: onnxruntime.InferenceSession, state: list[dict[str, Any]], rows: int, size: int, alignment: bool
+) -> tuple[float, float]:
+    """Targets without padding, for sources as long."""
+    feeds = {
+        "target_ids": np.random.default_rng(0).integers(3, 100, (rows, size)),
+        "source_lengths": np.full(rows, size),
+        **_some_state(session, [tensor for tensor in state if tensor["kind"] == "source"], rows, size),
+    }
+    outputs = ["log_probabilities", "alignment"] if alignment else ["log_probabilities"]
+    return milliseconds(lambda: session.run(outputs, feeds), 30)
+
+
+def _some_state(
+    session: onnxruntime.InferenceSession, state: list[dict[str, Any]], rows: int, source_capacity: int
+) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    sizes = {"rows": rows, "target_capacity": TARGET_CAPACITY, "source_capacity": source_capacity}
+    types = {port.name: np.float16 if port.type == "tensor(float16)" else np.float32 for port in session.get_inputs()}
+    return {
+        tensor["name"]: rng.normal(
+            size=[axis if isinstance(axis, int) else sizes[axis] for axis in tensor["shape"]]
+        ).astype(types[tensor["name"]])
+        for tensor in state
+    }
+
+
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(prog="python -m export.benchmark", description="Time an artifact's graphs.")
@@ -94,6 +117,14 @@ def main() -> None:
     for rows, size in SHAPES:
         median, least = time_encoder(encoder, rows, size)
         out.write(f"encoder, {rows:3d} rows of {size:3d} tokens: {median:8.2f} ({least:.2f})\n")
+    if "scorer" not in files:
+        return
+    scorer = open_session(arguments.artifact / files["scorer"], arguments.threads)
+    for rows, size in SHAPES[:-1]:
+        for alignment in (False, True):
+            median, least = time_scorer(scorer, manifest["state"], rows, size, alignment)
+            what = "and alignments" if alignment else ""
+            out.write(f"scorer, {rows:3d} rows of {size:3d} tokens: {median:8.2f} ({least:.2f}) {what}\n")
 
 
 if __name__ == "__main__":
