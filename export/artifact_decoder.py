@@ -2,7 +2,7 @@
 
 Simple on purpose: no binding of memory, no rows that join. The state is whatever the manifest describes. The service
 has its own engine; what it generates must be what this generates.
-Letters in the shape comments: B rows, S source tokens, V the vocabulary.
+Letters in the shape comments: B rows, S source tokens, T target tokens, C source capacity, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from export.errors import ExportError
 from model.search import Hypothesis
 
 Array = NDArray[Any]
@@ -59,11 +61,20 @@ class Step:
     logits: Array  # (B, V) float32
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What the scorer gives for each row; behind a target's end it means nothing."""
+
+    log_probabilities: Array  # (B, T) float32
+    alignment: Array  # (B, T, C) float32, zero behind the source's end
+
+
 class ArtifactDecoder:
-    """The encoder and the decoder of one variant."""
+    """The graphs of one variant."""
 
     def __init__(self, directory: Path, variant: str = "cpu", threads: int = 0) -> None:
         self.manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        self._directory, self._variant, self._threads = directory, variant, threads
         files = self.manifest["variants"][variant]
         self._encoder = open_session(directory / files["encoder"], threads)
         self._decoder = open_session(directory / files["decoder"], threads)
@@ -126,6 +137,26 @@ class ArtifactDecoder:
             place[: len(target)] = [self.bos_id, *target[:-1]]
         for position in range(steps):
             yield self.step(rows, inputs[:, position], np.full(len(targets), position), 1).logits
+
+    @cached_property
+    def _scorer(self) -> onnxruntime.InferenceSession:
+        file = self.manifest["variants"][self._variant].get("scorer")
+        if file is None:
+            raise ExportError(f"{self._directory}: variant {self._variant} has no scorer. Export the model again.")
+        return open_session(self._directory / file, self._threads)
+
+    def score(self, rows: Rows, targets: Sequence[Sequence[int]], padded_to: int = 0) -> Scores:
+        """Targets with their end token, read in one pass, padded to the longest of them or further.
+
+        Raises ExportError for an artifact without a scorer.
+        """
+        size = max(padded_to, *(len(target) for target in targets))
+        target_ids = np.full((len(targets), size), self.pad_id, dtype=np.int64)
+        for place, target in zip(target_ids, targets, strict=True):
+            place[: len(target)] = target
+        inputs = {"target_ids": target_ids, "source_lengths": rows.lengths, **rows.state}
+        feeds = {port.name: inputs[port.name] for port in self._scorer.get_inputs()}
+        return Scores(*self._scorer.run(["log_probabilities", "alignment"], feeds))
 
     def greedy(
         self, sources: Sequence[Sequence[int]], max_new_tokens: int | None = None, batch_rows: int = 64

@@ -38,6 +38,10 @@ def register(subparsers: Any) -> None:
         metavar="VERSION",
         help="version of the model (default: as in the checkpoint, or 1)",
     )
+    parser.add_argument(
+        "--alignment-layer", type=int, metavar="N",
+        help="decoder layer, counted from 0, whose attention to the source is the alignment (default: the last)",
+    )  # fmt: skip
     parser.set_defaults(func=run_export)
 
 
@@ -61,6 +65,7 @@ def run_export(arguments: argparse.Namespace) -> int:
                 overwrite=arguments.overwrite,
                 name=arguments.name,
                 version=arguments.artifact_version,
+                alignment_layer=arguments.alignment_layer,
             )
         )
     except (ExportError, CheckpointError, ConfigurationError, OSError) as error:

@@ -5,6 +5,7 @@ Letters in the shape comments: B rows, D = d_model, H heads, K = D / H, C a capa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,9 @@ from export.ops import (
 from export.profile import Profile
 from export.sublayers import FeedForwardGraph, ResidualStream
 from model.transformer import DecoderLayer, MultiHeadAttention, Transformer
+
+Attends = Callable[[MultiHeadAttention, Profile], nn.Module]
+"""Makes the module of an attention out of the trained one."""
 
 
 def state_names(layer: int) -> tuple[str, str, str, str]:
@@ -118,17 +122,20 @@ def group_size(tokens: int) -> int:
     return min((n for n in range(1, tokens + 1) if tokens % n == 0), key=lambda n: abs(n - tokens**0.5))
 
 
-class DecoderGraph(nn.Module):
-    """One step: embedding, layers, output projection, and the k best next tokens with their log-probabilities."""
+class DecoderStack(nn.Module):
+    """The decoder's weights, in the forms that its graphs compute with.
 
-    def __init__(self, model: Transformer, profile: Profile) -> None:
+    Whether they read one position or a whole target is the matter of the attentions that they bring.
+    """
+
+    def __init__(self, model: Transformer, profile: Profile, self_attention: Attends, cross_attention: Attends) -> None:
         super().__init__()
         config, integer = model.config, profile.integer_products
         matrix = IntegerMatrix(model.target_embedding.tokens.weight) if integer else None
         self.embedding = TokenEmbedding(model.target_embedding, matrix)
         layers = [layer for layer in model.decoder if isinstance(layer, DecoderLayer)]
-        self.self_attentions = nn.ModuleList(SelfAttentionGraph(layer.self_attention, profile) for layer in layers)
-        self.cross_attentions = nn.ModuleList(CrossAttentionGraph(layer.cross_attention, profile) for layer in layers)
+        self.self_attentions = nn.ModuleList(self_attention(layer.self_attention, profile) for layer in layers)
+        self.cross_attentions = nn.ModuleList(cross_attention(layer.cross_attention, profile) for layer in layers)
         self.feed_forwards = nn.ModuleList(FeedForwardGraph(layer.feed_forward, integer) for layer in layers)
         residuals = [
             (layer.self_attention_residual, layer.cross_attention_residual, layer.feed_forward_residual)
@@ -148,7 +155,14 @@ class DecoderGraph(nn.Module):
         if integer:
             shared = matrix if matrix is not None and config.share_embeddings else IntegerMatrix(projection)
             self.output_projection = IntegerLinear(shared, None)
-        self.never = [config.pad_id, config.bos_id]
+
+
+class DecoderGraph(DecoderStack):
+    """One step: embedding, layers, output projection, and the k best next tokens with their log-probabilities."""
+
+    def __init__(self, model: Transformer, profile: Profile) -> None:
+        super().__init__(model, profile, SelfAttentionGraph, CrossAttentionGraph)
+        self.never = [model.config.pad_id, model.config.bos_id]
 
     def forward(
         self, last_ids: Tensor, positions: Tensor, source_lengths: Tensor, k: Tensor, *state: Tensor

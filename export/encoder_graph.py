@@ -45,7 +45,7 @@ class EncoderAttentionGraph(nn.Module):
     def __init__(self, trained: MultiHeadAttention, profile: Profile) -> None:
         super().__init__()
         self.num_heads = trained.num_heads
-        self.attend = {"attention": attention_over_lengths, "multi_head": masked_attention}[profile.encoder_attention]
+        self.attend = {"attention": attention_over_lengths, "multi_head": masked_attention}[profile.whole_attention]
         self.packed = fused_linear([trained.query, trained.key, trained.value], profile.integer_products)
         self.output = fused_linear([trained.output], profile.integer_products, bias=False)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from export.artifact_decoder import ArtifactDecoder
 from export.errors import ExportError, ParityError
-from export.graphs import write_decoder, write_encoder, write_reorder
+from export.graphs import write_decoder, write_encoder, write_reorder, write_scorer
 from export.manifest import checksums, new_manifest, write_manifest
 from export.parity import measure, reference_translations
 from export.profile import CPU, CUDA, Precision, Profile
@@ -37,6 +37,8 @@ class ExportRequest:
     overwrite: bool = False
     name: str | None = None
     version: str | None = None
+    alignment_layer: int | None = None
+    """The decoder layer whose attention to the source is the alignment, counted from 0; None for the last."""
 
 
 def export_artifact(request: ExportRequest) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def export_artifact(request: ExportRequest) -> dict[str, Any]:
     if destination.exists() and not request.overwrite:
         raise ExportError(f"{destination} exists. Choose another place, or replace it with --overwrite.")
     checkpoint = Checkpoint.load(request.checkpoint)
-    manifest = new_manifest(checkpoint, request.name, request.version)
+    manifest = new_manifest(checkpoint, request.name, request.version, request.alignment_layer)
     sentences = Sentences.read(request.sentences, checkpoint.tokenizer, checkpoint.recipe.model)
     destination.parent.mkdir(parents=True, exist_ok=True)
     # Beside the destination, so that the last step is a rename within one file system.
@@ -68,7 +70,7 @@ def _fill(
     profiles = {"cpu": CPU[request.precision]} | ({"cuda": CUDA[request.precision]} if request.cuda else {})
     for variant, profile in profiles.items():
         logger.info("exporting the %s variant (%s)", variant, profile.precision)
-        manifest["variants"][variant] = _write_graphs(model, profile, variant, directory)
+        manifest["variants"][variant] = _write_graphs(model, profile, manifest["alignment_layer"], variant, directory)
     write_manifest(directory, manifest)
 
     logger.info("translating %d sentences with PyTorch", len(sentences.sources))
@@ -92,15 +94,18 @@ def _fill(
     write_manifest(directory, manifest)
 
 
-def _write_graphs(model: Transformer, profile: Profile, variant: str, directory: Path) -> dict[str, str]:
+def _write_graphs(
+    model: Transformer, profile: Profile, alignment_layer: int, variant: str, directory: Path
+) -> dict[str, str]:
     """Write the graphs of a variant; returns its entry in the manifest."""
-    entry = {"precision": profile.precision, "encoder": f"{variant}/encoder.onnx", "decoder": f"{variant}/decoder.onnx"}
+    entry = {name: f"{variant}/{name}.onnx" for name in ("encoder", "decoder", "scorer")}
     write_encoder(model, profile, directory / entry["encoder"])
     write_decoder(model, profile, directory / entry["decoder"])
+    write_scorer(model, profile, alignment_layer, directory / entry["decoder"], directory / entry["scorer"])
     if variant == "cuda":
         entry["reorder"] = f"{variant}/reorder.onnx"
         write_reorder(model.config, profile, directory / entry["reorder"])
-    return entry
+    return {"precision": profile.precision, **entry}
 
 
 def _self_test(sentences: Sentences, decoders: dict[str, ArtifactDecoder]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 OPSET = 24
 SMALLEST_MATRIX = 1024
-"""Elements from which a matrix is worth storing in a smaller type."""
+"""Elements from which a matrix is worth storing in a smaller type, or once for two graphs."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,62 @@ def store_matrices(model: onnx.ModelProto, stored: Literal["float32", "float16",
     model.graph.node.extend([*nodes, *following])
 
 
-def save(model: onnx.ModelProto, path: Path) -> None:
-    """Check the model and write it as one file, weights inside."""
+def save(model: onnx.ModelProto, path: Path, *, weights_in: Path | None = None, lends: bool = False) -> None:
+    """Check the model and write it as one file, weights inside.
+
+    Matrices that stand in `weights_in`, a file in the same directory, byte for byte, are not stored again: the graph
+    says where in that file they are. A file that `lends` has its float matrices at places where they can be used so.
+    """
     onnx.checker.check_model(model)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if weights_in is not None:
+        _refer_to(weights_in, model)
+    if lends:
+        _align_matrices(model)
     onnx.save_model(model, path)
+
+
+def _refer_to(lender: Path, model: onnx.ModelProto) -> None:
+    """Replace matrices by their places in another file. ONNX Runtime maps them from there, where they must be aligned
+    to their elements: a matrix that is not, is stored.
+    """
+    content = lender.read_bytes()
+    for tensor in model.graph.initializer:
+        if not _is_matrix(tensor):
+            continue
+        offset = content.find(tensor.raw_data)
+        if offset < 0 or offset % _element_size(tensor):
+            continue
+        place = {"location": lender.name, "offset": offset, "length": len(tensor.raw_data)}
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=str(value))
+
+
+def _align_matrices(model: onnx.ModelProto) -> None:
+    """Let every matrix begin, in the file, at a multiple of its element's size.
+
+    Protobuf has no padding, so blanks in the note on the tensor before do it; one that is no matrix stands first.
+    """
+    tensors = sorted(model.graph.initializer, key=_is_matrix)
+    _replace_initializers(model, tensors)
+    for tensor in model.graph.initializer:
+        tensor.doc_string = ""  # takes its two bytes now, so that each blank adds one
+    moved = 1
+    while moved:  # again only if blanks made a length longer that is itself written in front
+        content, moved = model.SerializeToString(), 0
+        for before, tensor in pairwise(model.graph.initializer):
+            if _is_matrix(tensor):
+                blanks = -(content.index(tensor.raw_data) + moved) % _element_size(tensor)
+                before.doc_string += " " * blanks
+                moved += blanks
+
+
+def _is_matrix(tensor: TensorProto) -> bool:
+    """Whether it is worth storing once for two graphs."""
+    return len(tensor.raw_data) >= SMALLEST_MATRIX * _element_size(tensor)
+
+
+def _element_size(tensor: TensorProto) -> int:
+    return helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize

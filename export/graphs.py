@@ -12,6 +12,7 @@ from export.decoder_graph import DecoderGraph, state_names
 from export.encoder_graph import EncoderGraph
 from export.graph_file import Port, save, store_matrices, trace
 from export.profile import Profile
+from export.scorer_graph import ScorerGraph
 from model.config import TransformerConfig
 from model.transformer import Transformer
 
@@ -77,7 +78,25 @@ def write_decoder(model: Transformer, profile: Profile, path: Path) -> None:
     outputs += [Port(f"next_{port.name}", port.axes) for port in ports if rewritten or "target_capacity" in port.axes]
     graph = trace(DecoderGraph(_with_arithmetic(model, profile), profile), inputs, outputs)
     store_matrices(graph, profile.stored)
-    save(graph, path)
+    save(graph, path, lends=not profile.integer_weights)  # bytes lie anywhere
+
+
+def write_scorer(model: Transformer, profile: Profile, alignment_layer: int, decoder: Path, path: Path) -> None:
+    """Export the reading of whole targets of a variant to a file beside its decoder, whose weights it uses."""
+    config = model.config
+    ports = [port for port in _state_ports(config) if "source_capacity" in port.axes]
+    inputs = [
+        (Port("target_ids", ("rows", "target")), torch.ones(3, 5, dtype=torch.int64)),
+        (Port("source_lengths", ("rows",)), torch.ones(3, dtype=torch.int64)),
+    ]
+    inputs += [(port, _example_state(port, profile)) for port in ports]
+    outputs = [
+        Port("log_probabilities", ("rows", "target")),
+        Port("alignment", ("rows", "target", "source_capacity")),
+    ]
+    graph = trace(ScorerGraph(_with_arithmetic(model, profile), profile, alignment_layer), inputs, outputs)
+    store_matrices(graph, profile.stored)
+    save(graph, path, weights_in=decoder)
 
 
 def write_reorder(config: TransformerConfig, profile: Profile, path: Path) -> None:

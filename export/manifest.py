@@ -19,14 +19,25 @@ FORMAT_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
-def new_manifest(checkpoint: Checkpoint, name: str | None, version: str | None) -> dict[str, Any]:
-    """The manifest of a checkpoint's artifact, yet without variants, parity, self-test and files."""
+def new_manifest(
+    checkpoint: Checkpoint, name: str | None, version: str | None, alignment_layer: int | None
+) -> dict[str, Any]:
+    """The manifest of a checkpoint's artifact, yet without variants, parity, self-test and files.
+
+    None stands for the checkpoint's name and version, and for the last decoder layer. Raises ExportError.
+    """
     config, metadata = checkpoint.recipe.model, checkpoint.metadata
     name = name or str(metadata.get("name", ""))
     if not _NAME.fullmatch(name):
         raise ExportError(
             f"{name!r} is no name for an artifact (letters, digits, '.', '_' and '-', at most 100). "
             "Give one with --name."
+        )
+    last = config.decoder_layers - 1
+    if alignment_layer is not None and not 0 <= alignment_layer <= last:
+        raise ExportError(
+            f"there is no decoder layer {alignment_layer} to take the alignment from: this model has 0 to {last}. "
+            "Give one of them with --alignment-layer, or leave it out for the last."
         )
     return {
         "format_version": FORMAT_VERSION,
@@ -47,6 +58,7 @@ def new_manifest(checkpoint: Checkpoint, name: str | None, version: str | None) 
         "max_target_tokens": config.max_target_tokens,
         "special_tokens": {"pad_id": config.pad_id, "bos_id": config.bos_id, "eos_id": config.eos_id},
         "state": state_tensors(config),
+        "alignment_layer": last if alignment_layer is None else alignment_layer,
         "variants": {},
         "parity": {},
         "self_test": [],

@@ -32,10 +32,16 @@ def attention_over_lengths(query: Tensor, key: Tensor, value: Tensor, lengths: T
 
 
 def cached_attention_over_lengths(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
-    """The same for keys and values as they lie in a cache: query (B, H, 1, K), key and value (B, H, C, K)."""
+    """The same for keys and values as they lie in a cache: query (B, H, S, K), key and value (B, H, C, K)."""
     return symbolic(
         "Attention", (query, key, value, None, None, None, lengths), dtype=query.dtype, shape=query.shape, version=24
     )
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """Attention of opset 24, of each position to itself and those before it; query, key, value (B, S, H * K)."""
+    attributes: Attributes = {"q_num_heads": num_heads, "kv_num_heads": num_heads, "is_causal": 1}
+    return symbolic("Attention", (query, key, value), attributes, dtype=query.dtype, shape=query.shape, version=24)
 
 
 def tensor_scatter(cache: Tensor, update: Tensor, positions: Tensor) -> Tensor:
@@ -51,6 +57,20 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor,
         "com.microsoft::MultiHeadAttention",
         (query, key, value, None, lengths.to(torch.int32)),
         {"num_heads": num_heads, "mask_filter_value": FULL_MASK},
+        dtype=query.dtype,
+        shape=query.shape,
+        version=1,
+    )
+
+
+def unidirectional_attention(query: Tensor, key: Tensor, value: Tensor, num_heads: int) -> Tensor:
+    """com.microsoft.MultiHeadAttention, of each position to itself and those before it; query, key, value
+    (B, S, H * K).
+    """
+    return symbolic(
+        "com.microsoft::MultiHeadAttention",
+        (query, key, value),
+        {"num_heads": num_heads, "unidirectional": 1},
         dtype=query.dtype,
         shape=query.shape,
         version=1,

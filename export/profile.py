@@ -20,13 +20,19 @@ class Profile:
     """Of everything but integer products: also the element type of the decoder's state."""
     integer_products: bool
     """Products of uint8 activations, quantised row by row, and int8 weights, quantised output by output."""
-    encoder_attention: Literal["attention", "multi_head"]
+    whole_attention: Literal["attention", "multi_head"]
+    """Of all positions of a text at once, in the encoder and in the scorer."""
     self_attention: Literal["group_query", "scatter"]
     cross_attention: Literal["group_query", "rewriting", "attention"]
     fused_norms: bool
     """Residual sum, bias and LayerNorm as one operator: fewer launches on a GPU, but slower than three on the CPU."""
     stored: Literal["float32", "float16", "int8"]
     """Of the floating-point matrices, in the file: smaller types are expanded when it is loaded."""
+
+    @property
+    def integer_weights(self) -> bool:
+        """Whether the matrices in the file are integers."""
+        return self.integer_products or self.stored == "int8"
 
     def for_heads(self, width: int) -> Profile:
         """The same for heads of this width: GroupQueryAttention takes multiples of 8, others do without it."""
@@ -40,7 +46,7 @@ def _cpu(precision: Precision, stored: Literal["float32", "float16"]) -> Profile
         precision,
         arithmetic=torch.float32,
         integer_products=precision == "int8",
-        encoder_attention="attention",
+        whole_attention="attention",
         self_attention="group_query",
         cross_attention="group_query",
         fused_norms=False,
@@ -53,7 +59,7 @@ def _cuda(stored: Literal["float16", "int8"]) -> Profile:
         "fp16",
         arithmetic=torch.float16,
         integer_products=False,
-        encoder_attention="multi_head",
+        whole_attention="multi_head",
         self_attention="group_query",
         cross_attention="rewriting",
         fused_norms=True,

@@ -80,12 +80,14 @@ class Variant(_Part):
     precision: str
     encoder: str
     decoder: str
+    scorer: str | None = None
+    """Reads whole targets; None in artifacts of older exports, which cannot score. Its weights may lie in `decoder`."""
     reorder: str | None = None
 
     @property
     def graphs(self) -> list[str]:
         """Every graph file."""
-        return [path for path in (self.encoder, self.decoder, self.reorder) if path is not None]
+        return [path for path in (self.encoder, self.decoder, self.scorer, self.reorder) if path is not None]
 
 
 class SelfTest(_Part):
@@ -115,6 +117,8 @@ class Manifest(_Part):
     max_target_tokens: Positive
     special_tokens: SpecialTokens
     state: list[StateTensor]
+    alignment_layer: Annotated[int, Field(ge=0)] | None = None
+    """The decoder layer whose attention to the source the scorers give as the alignment; None if they give none."""
     variants: dict[VariantName, Variant]
     parity: dict[str, Any] = {}
     self_test: list[SelfTest] = []

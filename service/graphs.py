@@ -83,6 +83,22 @@ def check_encoder(graph: Graph, manifest: Manifest, types: dict[str, np.dtype[An
         _expect(outputs[tensor.name], types[tensor.name], _sizes(tensor), path)
 
 
+def check_scorer(graph: Graph, manifest: Manifest, types: dict[str, np.dtype[Any]], path: Path) -> None:
+    """Raises ArtifactError."""
+    inputs, outputs = _ports(graph.get_inputs()), _ports(graph.get_outputs())
+    sources = [tensor for tensor in manifest.state if tensor.kind == "source"]
+    _expect_names(set(inputs), {"target_ids", "source_lengths", *(tensor.name for tensor in sources)}, path, "inputs")
+    _expect(inputs["target_ids"], _INT, [None, None], path)
+    _expect(inputs["source_lengths"], _INT, [None], path)
+    for tensor in sources:
+        _expect(inputs[tensor.name], types[tensor.name], _sizes(tensor), path)
+    aligned = {"alignment"} if manifest.alignment_layer is not None else set()
+    _expect_names(set(outputs), {"log_probabilities", *aligned}, path, "outputs")
+    _expect(outputs["log_probabilities"], _FLOAT, [None, None], path)
+    if aligned:
+        _expect(outputs["alignment"], _FLOAT, [None, None, None], path)
+
+
 def check_reorder(graph: Graph, manifest: Manifest, path: Path) -> None:
     """Raises ArtifactError."""
     names = {tensor.name for tensor in manifest.state}

@@ -14,10 +14,11 @@ import numpy as np
 
 from service.artifact import Artifact, StateTensor, VariantName
 from service.batch import Batch, Ints
-from service.errors import ArtifactError, SettingsError
-from service.graphs import check_decoder, check_encoder, check_reorder, products_on
+from service.errors import ArtifactError, SettingsError, ValidationFailed
+from service.graphs import check_decoder, check_encoder, check_reorder, check_scorer, products_on
 from service.ladder import Ladder
 from service.processors import usable_processors
+from service.scoring import Scorer
 from service.sequence import Floats
 from service.settings import Settings
 from service.state import Allocate, Array, HostBlock, State
@@ -95,6 +96,14 @@ class Runner:
         types = check_decoder(self._decoder, self.manifest, artifact.graph(graphs.decoder))
         check_encoder(self._encoder, self.manifest, types, artifact.graph(graphs.encoder))
         self.tensors: list[tuple[StateTensor, np.dtype[Any]]] = [(t, types[t.name]) for t in self.manifest.state]
+        self._scorer: Scorer | None = None
+        if graphs.scorer is not None:
+            scorer = self._session(artifact, graphs.scorer, settings)
+            check_scorer(scorer, self.manifest, types, artifact.graph(graphs.scorer))
+            self._scorer = Scorer(
+                self._encoder, scorer, self.tensors,
+                vocab_size=self.manifest.vocab_size, device=self.device, device_id=self._device_id,
+            )  # fmt: skip
         self._reorder: ort.InferenceSession | None = None
         if self.variant == "cuda":
             if graphs.reorder is None:
@@ -116,6 +125,16 @@ class Runner:
     def device(self) -> str:
         """Where state lives, in ONNX Runtime's word."""
         return self.variant
+
+    @property
+    def scores(self) -> bool:
+        """Whether the artifact has a scorer: those of older exports have none."""
+        return self._scorer is not None
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the scorer gives alignments."""
+        return self.scores and self.manifest.alignment_layer is not None
 
     def new_state(self, *, max_rows: int, source: Ladder, target: Ladder) -> State:
         """Buffers for this variant's state, where its sessions want them."""
@@ -145,6 +164,23 @@ class Runner:
         binding.bind_output("memory", "cpu", 0, np.float32, memory.shape, memory.ctypes.data)
         self._encoder.run_with_iobinding(binding, self._only_fetches)
         return memory
+
+    def score(
+        self, source_ids: Ints, source_lengths: Ints, target_ids: Ints, *, alignment: bool = False
+    ) -> tuple[Floats, Floats | None]:
+        """How likely the targets (rows, target), with their end tokens, are for the sources (rows, source).
+
+        Gives log-probabilities (rows, target), and if asked for the alignment (rows, target, source): how much each
+        target token attends to each source token, zero behind the source's length. What stands behind a target's end
+        is padding of any ids below vocab_size, and its numbers mean nothing. No row's numbers depend on the others, nor
+        on padding, from two target positions on. Raises ValidationFailed if the artifact cannot do it.
+        """
+        if self._scorer is None or (alignment and not self.aligns):
+            raise ValidationFailed(
+                f"the model cannot give {'alignments' if alignment else 'scores'}: its artifact was exported without "
+                "them. Export it again with: transduce export."
+            )
+        return self._scorer.score(source_ids, source_lengths, target_ids, alignment=alignment)
 
     def step(self, batch: Batch, state: State, k: int) -> tuple[Ints, Floats]:
         """One decoder step of all running rows: the k best (ids, log-probabilities), each (rows, k), best first.

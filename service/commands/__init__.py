@@ -1,1 +1,1 @@
-"""The service's subcommands: serve, translate, check."""
+"""The service's subcommands: serve, translate, check, bench."""

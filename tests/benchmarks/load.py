@@ -1,11 +1,11 @@
-"""Closed-loop load on a running server: N clients, each sending its next request when the last is answered.
+"""What a server under load has to hold besides speed: the very answers of a text alone, and bounded memory.
 
-    python -m tests.benchmarks.load --clients 1 8 64 --requests 2000
+    python -m tests.benchmarks.load exactness [--clients 64] [--requests 2000] [--options ...]
+    python -m tests.benchmarks.load memory [--options ...]
+    python -m tests.benchmarks.load sentences [--requests 2000]
 
-starts `transduce serve` on a free port of the loopback, checks every answer against the one that the same text gets
-alone, and prints a line per number of clients: requests and tokens a second, latency, rows a step, resident memory.
-The clients share the machine's processors with the server, so the figures are a lower bound. With --memory it prints
-the server's resident memory after 1,000 and after 10,000 requests of 64 clients instead.
+The first two start `transduce serve` (with the options) on a free port of the loopback; the last one prints the texts
+that they send, for `transduce bench --data`, which measures speed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import json
 import random
 import re
 import signal
@@ -28,6 +27,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import psutil
+
+from service.bench.target import Target
 
 _WHO = ["I", "You", "My sister", "The old man next door", "Tom", "Nobody in this town"]
 _DOES = ["would like to see", "has never heard of", "is looking for", "bought", "forgot", "cannot afford"]
@@ -71,78 +72,36 @@ def served(*options: str, ready_within: float = 60.0) -> Iterator[tuple[int, sub
             server.wait(60)
 
 
-class Client:
-    """One connection that is kept: as little Python per request as can be, since it runs beside the server."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
-
-    async def generate(self, text: str) -> tuple[int, dict]:
-        """Status and body of POST /v1/generate."""
-        if self._streams is None:
-            self._streams = await asyncio.open_connection("127.0.0.1", self._port)
-        reader, writer = self._streams
-        body = json.dumps({"inputs": text}).encode()
-        writer.write(b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = re.search(rb"(?i)content-length: (\d+)", head)
-        assert length is not None, head
-        answer = json.loads(await reader.readexactly(int(length[1])))
-        return int(head[9:12]), answer
-
-    async def close(self) -> None:
-        """End the connection."""
-        if self._streams is not None:
-            self._streams[1].close()
-            await self._streams[1].wait_closed()
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What the clients saw."""
 
-    clients: int
     seconds: float
-    latencies: list[float]
-    tokens: int
     texts: dict[str, set[str]]
     """Every answer that a text got."""
-    failures: list[tuple[int, dict]]
-
-    def percentile(self, share: float) -> float:
-        """Latency that this share of the requests did not exceed, in seconds."""
-        ordered = sorted(self.latencies)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    failures: list[str]
 
 
 async def drive(port: int, texts: list[str], clients: int) -> Outcome:
     """Send every text once, by so many clients at a time."""
     line = iter(texts)
-    latencies: list[float] = []
     answers: dict[str, set[str]] = {}
-    failures: list[tuple[int, dict]] = []
-    tokens = 0
-
-    async def run_client() -> None:
-        nonlocal tokens
-        client = Client(port)
-        for text in line:
-            began = time.perf_counter()
-            status, answer = await client.generate(text)
-            latencies.append(time.perf_counter() - began)
-            if status == 200:
-                answers.setdefault(text, set()).add(answer["outputs"][0]["sequences"][0]["text"])
-                tokens += answer["usage"]["generated_tokens"]
-            else:
-                failures.append((status, answer))
-        await client.close()
-
+    failures: list[str] = []
     began = time.perf_counter()
-    async with asyncio.TaskGroup() as group:
-        for _ in range(clients):
-            group.create_task(run_client())
-    return Outcome(clients, time.perf_counter() - began, latencies, tokens, answers, failures)
+    async with Target(f"http://127.0.0.1:{port}") as target:
+
+        async def run_client() -> None:
+            for text in line:
+                reply, answer = await target.generate([text])
+                if reply.failure is None:
+                    answers.setdefault(text, set()).add(answer["outputs"][0]["sequences"][0]["text"])
+                else:
+                    failures.append(reply.failure)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(clients):
+                group.create_task(run_client())
+    return Outcome(time.perf_counter() - began, answers, failures)
 
 
 def metric(port: int, name: str) -> float:
@@ -157,6 +116,17 @@ def resident_mebibytes(server: subprocess.Popen[bytes]) -> float:
     return psutil.Process(server.pid).memory_info().rss / 2**20
 
 
+def measure_exactness(clients: int, requests: int, options: list[str]) -> None:
+    """How many texts get another answer among those of other clients than they get alone."""
+    texts = sentences(requests)
+    with served(*options) as (port, _):
+        alone = asyncio.run(drive(port, texts, 1))
+        together = asyncio.run(drive(port, random.Random(1).sample(texts, len(texts)), clients))
+    other = sum(together.texts[text] != alone.texts[text] for text in together.texts)
+    failures = len(alone.failures) + len(together.failures)
+    print(f"{other} of {len(together.texts)} texts differ with {clients} clients, {failures} failures")
+
+
 def measure_memory(options: list[str]) -> None:
     """Resident memory after 1,000 and after 10,000 requests of mixed length."""
     texts = sentences(10000, seed=2)
@@ -168,36 +138,19 @@ def measure_memory(options: list[str]) -> None:
 
 
 def main() -> None:
-    """The command in the module's docstring."""
+    """The commands in the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--requests", type=int, default=2000, help="of each number of clients (of one client: a tenth)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often all numbers of clients take their turn")
+    parser.add_argument("what", choices=("exactness", "memory", "sentences"))
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="the rest goes to `transduce serve`")
-    parser.add_argument("--memory", action="store_true", help="measure resident memory instead")
     arguments = parser.parse_args()
-    if arguments.memory:
+    if arguments.what == "exactness":
+        measure_exactness(arguments.clients, arguments.requests, arguments.options)
+    elif arguments.what == "memory":
         measure_memory(arguments.options)
-        return
-    with served(*arguments.options) as (port, server):
-        texts = sentences(arguments.requests)
-        alone = asyncio.run(drive(port, texts, 1)).texts
-        print("clients  requests/s  tokens/s  p50 ms  p99 ms  rows/step  other than alone  failures  resident MiB")
-        for number in range(arguments.rounds):
-            for clients in arguments.clients:
-                load = texts if clients > 1 else texts[: max(1, len(texts) // 10)]
-                steps, rows = metric(port, "transduce_batch_rows_count"), metric(port, "transduce_batch_rows_sum")
-                outcome = asyncio.run(drive(port, random.Random(number).sample(load, len(load)), clients))
-                steps = metric(port, "transduce_batch_rows_count") - steps
-                rows = metric(port, "transduce_batch_rows_sum") - rows
-                other = sum(outcome.texts[text] != alone[text] for text in outcome.texts)
-                rates = len(outcome.latencies) / outcome.seconds, outcome.tokens / outcome.seconds
-                latency = outcome.percentile(0.5) * 1e3, outcome.percentile(0.99) * 1e3
-                print(
-                    f"{clients:7d}  {rates[0]:10.1f}  {rates[1]:8.0f}  {latency[0]:6.1f}  {latency[1]:6.1f}"
-                    f"  {rows / steps:9.1f}  {other:16d}  {len(outcome.failures):8d}"
-                    f"  {resident_mebibytes(server):12.0f}"
-                )
+    else:
+        print("\n".join(sentences(arguments.requests)))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from onnx import numpy_helper
 import export.exporter
 from export.artifact_decoder import ArtifactDecoder
 from export.cli import register
+from export.comparison import Differences
 from export.parity import Figures, equal_tokens
 from model.checkpoint import Checkpoint
 from model.search import beam_search, greedy_search
@@ -39,9 +40,9 @@ def run(*arguments: object) -> int:
 def ready_graphs(monkeypatch: pytest.MonkeyPatch, tiny_fp32_artifact: Path) -> None:
     """Exports take the finished fp32 graphs instead of tracing the model again, which is not what is tested here."""
 
-    def copy(model: object, profile: object, variant: str, directory: Path) -> dict[str, str]:
+    def copy(model: object, profile: object, alignment_layer: int, variant: str, directory: Path) -> dict[str, str]:
         shutil.copytree(tiny_fp32_artifact / variant, directory / variant)
-        return {"precision": "fp32", "encoder": f"{variant}/encoder.onnx", "decoder": f"{variant}/decoder.onnx"}
+        return {"precision": "fp32"} | {name: f"{variant}/{name}.onnx" for name in ("encoder", "decoder", "scorer")}
 
     monkeypatch.setattr(export.exporter, "_write_graphs", copy)
 
@@ -51,8 +52,8 @@ def corrupt_graphs(monkeypatch: pytest.MonkeyPatch, ready_graphs: None) -> None:
     """The same, with one weight of the decoder changed."""
     copy = export.exporter._write_graphs
 
-    def corrupt(model: object, profile: object, variant: str, directory: Path) -> dict[str, str]:
-        entry = copy(model, profile, variant, directory)  # type: ignore[arg-type]
+    def corrupt(model: object, profile: object, alignment_layer: int, variant: str, directory: Path) -> dict[str, str]:
+        entry = copy(model, profile, alignment_layer, variant, directory)  # type: ignore[arg-type]
         graph = onnx.load(directory / entry["decoder"])
         tensor = next(tensor for tensor in graph.graph.initializer if tuple(tensor.dims) == (300, 32))
         values = numpy_helper.to_array(tensor).copy()
@@ -76,6 +77,7 @@ def test_the_manifest_says_what_the_files_are(tiny_artifact: Path) -> None:
         "precision": "fp16",
         "encoder": "cuda/encoder.onnx",
         "decoder": "cuda/decoder.onnx",
+        "scorer": "cuda/scorer.onnx",
         "reorder": "cuda/reorder.onnx",
     }
 
@@ -115,6 +117,9 @@ def test_the_parity_figures_are_in_the_manifest(tiny_artifact: Path, tiny_fp32_a
     fp32 = json.loads((tiny_fp32_artifact / "manifest.json").read_text(encoding="utf-8"))["parity"]["cpu"]
     assert fp32["sentences"] == 500
     assert 0 < fp32["largest_logit_difference"] < 1e-3
+    assert 0 < fp32["largest_score_difference"] < 1e-4
+    assert 0 < fp32["largest_score_difference_to_steps"] < 1e-4
+    assert 0 < fp32["largest_alignment_difference"] < 1e-4
     assert fp32["equal_tokens"] >= 0.999
 
 
@@ -193,6 +198,10 @@ def test_what_cannot_be_exported_is_refused_with_the_remedy(
         ((few, place, "--sentences", tiny_sentences), "not a checkpoint"),
         ((tiny_checkpoint_file, place, "--sentences", tmp_path / "none.tsv"), "none.tsv"),
         ((tiny_checkpoint_file, place, "--sentences", tiny_sentences, "--name", "a/b"), "--name"),
+        (
+            (tiny_checkpoint_file, place, "--sentences", tiny_sentences, "--alignment-layer", "2"),
+            "this model has 0 to 1",
+        ),
     ):
         assert run(*arguments) == 2
         message = capsys.readouterr().err
@@ -201,21 +210,27 @@ def test_what_cannot_be_exported_is_refused_with_the_remedy(
         assert not place.exists()
 
 
-GOOD = Figures("int8", 500, 0.3, 0.96, 40.0, 40.1, batch_invariant=True, padding_invariant=True)
+CLOSE = Differences(logits=0.3, scores=0.3, scores_to_steps=0.03, alignments=0.02)
+GOOD = Figures("int8", 500, CLOSE, 0.96, 40.0, 40.1, batch_invariant=True, padding_invariant=True)
 
 
 def test_the_bounds_are_those_of_the_precision() -> None:
-    """fp32: logits within 1e-3 and 99.9 % equal tokens. fp16 and int8: within 0.2 BLEU. All: rows for themselves."""
+    """fp32: logits within 1e-3, scores and alignments within 1e-4, and 99.9 % equal tokens. fp16 and int8: within 0.2
+    BLEU, and the scorer within 0.25 of the steps. All: rows for themselves.
+    """
     assert GOOD.failures() == []
     assert replace(GOOD, bleu=40.19).failures() == []
     assert len(replace(GOOD, bleu=39.79).failures()) == 1
     assert len(replace(GOOD, bleu=float("nan")).failures()) == 1
     assert len(replace(GOOD, precision="fp16", bleu=40.21).failures()) == 1
     assert len(replace(GOOD, batch_invariant=False).failures()) == 1
-    assert len(replace(GOOD, precision="fp32").failures()) == 2
-    exact = replace(GOOD, precision="fp32", largest_logit_difference=1e-4, equal_tokens=0.9991)
+    assert len(replace(GOOD, differences=replace(CLOSE, scores_to_steps=0.3)).failures()) == 1
+    assert len(replace(GOOD, precision="fp32").failures()) == 4
+    exact = replace(GOOD, precision="fp32", differences=Differences(1e-4, 2e-5, 1.0, 3e-5), equal_tokens=0.9991)
     assert exact.failures() == []
-    assert len(replace(exact, largest_logit_difference=float("nan")).failures()) == 1
+    for name in ("logits", "scores", "alignments"):
+        worse = replace(exact.differences, **{name: float("nan")})
+        assert len(replace(exact, differences=worse).failures()) == 1
 
 
 def test_equal_tokens_counts_places() -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from export.artifact_decoder import ArtifactDecoder, open_session
+from export.comparison import differences, invariance
 from export.graph_file import Port, save, trace
-from export.graphs import state_tensors, write_decoder, write_encoder
+from export.graphs import state_tensors, write_decoder, write_encoder, write_scorer
 from export.layers import Bounded, bound_of, fused_linear
-from export.parity import invariance, largest_logit_difference
 from export.profile import CPU, CUDA, Profile
 from model.transformer import Transformer
 from tests import tiny
@@ -36,8 +36,10 @@ def graphs_of(model: Transformer, profile: Profile, path: Path) -> ArtifactDecod
     config = model.config
     write_encoder(model, profile, path / "encoder.onnx")
     write_decoder(model, profile, path / "decoder.onnx")
+    write_scorer(model, profile, config.decoder_layers - 1, path / "decoder.onnx", path / "scorer.onnx")
     manifest = {
-        "variants": {"cpu": {"encoder": "encoder.onnx", "decoder": "decoder.onnx"}},
+        "variants": {"cpu": {name: f"{name}.onnx" for name in ("encoder", "decoder", "scorer")}},
+        "alignment_layer": config.decoder_layers - 1,
         "special_tokens": {"pad_id": 0, "bos_id": 1, "eos_id": 2},
         "vocab_size": config.vocab_size,
         "max_source_tokens": config.max_source_tokens,
@@ -58,12 +60,16 @@ def some_pairs(config_vocab: int) -> tuple[list[list[int]], list[list[int]]]:
 
 @pytest.mark.parametrize("provider", ["cpu", "cuda"])
 def test_post_norm_relu_and_separate_embeddings_of_odd_sizes_export(tmp_path: Path, provider: str) -> None:
-    """In fp32, for the CPU and for CUDA's operators, the graphs give PyTorch's logits, for sources of one token too."""
+    """In fp32, for the CPU and for CUDA's operators, the graphs give PyTorch's logits, scores and alignments, also for
+    sources of one token.
+    """
     model = tiny.tiny_checkpoint(**ODD).transformer()
     decoder = graphs_of(model, (CPU if provider == "cpu" else CUDA)["fp32"], tmp_path)
     sources, targets = some_pairs(300)
     assert min(map(len, sources)) == 1
-    assert largest_logit_difference(model, decoder, sources, targets) < 1e-3
+    found = differences(model, decoder, sources, targets)
+    assert found.logits < 1e-3
+    assert max(found.scores, found.scores_to_steps, found.alignments) < 1e-4
 
 
 def test_int8_of_odd_sizes_keeps_every_row_to_itself(tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+from typing import Any
 
 import pytest
 
-from tests.benchmarks.load import Client, drive, metric, resident_mebibytes, sentences, served
+from service.bench.report import Reply
+from service.bench.target import Target
+from tests.benchmarks.load import drive, metric, resident_mebibytes, sentences, served
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -48,20 +51,17 @@ def test_a_busy_server_answers_what_it_accepted_and_ends_with_zero() -> None:
     with served() as (port, server):
         alone = asyncio.run(drive(port, texts, 1)).texts
 
-        async def run() -> list[tuple[int, dict]]:
-            clients = [Client(port) for _ in texts]
-            tasks = [asyncio.create_task(client.generate(text)) for client, text in zip(clients, texts, strict=True)]
-            for _ in range(1000):
-                if await asyncio.to_thread(metric, port, "transduce_num_requests_running") >= 32:
-                    break
-            server.send_signal(signal.SIGTERM)
-            answers = await asyncio.gather(*tasks)
-            for client in clients:
-                await client.close()
-            return answers
+        async def run() -> list[tuple[Reply, Any]]:
+            async with Target(f"http://127.0.0.1:{port}") as target:
+                tasks = [asyncio.create_task(target.generate([text])) for text in texts]
+                for _ in range(1000):
+                    if await asyncio.to_thread(metric, port, "transduce_num_requests_running") >= 32:
+                        break
+                server.send_signal(signal.SIGTERM)
+                return await asyncio.gather(*tasks)
 
         answers = asyncio.run(run())
         assert server.wait(30) == 0
-    for text, (status, answer) in zip(texts, answers, strict=True):
-        assert status == 200
+    for text, (reply, answer) in zip(texts, answers, strict=True):
+        assert reply.failure is None
         assert {answer["outputs"][0]["sequences"][0]["text"]} == alone[text]
