@@ -130,7 +130,8 @@ class Runner:
         self._bindings: dict[tuple[int, int, bool, tuple[bool, bool]], ort.IOBinding] = {}
         self._bound_to: tuple[object, ...] = ()
         self._only_fetches = ort.RunOptions()
-        self._only_fetches.only_execute_path_to_fetches = True  # an encoding needs no cross-attention state
+        # An encoding needs no cross-attention state, a translation no memory.
+        self._only_fetches.only_execute_path_to_fetches = True
 
     @property
     def device(self) -> str:
@@ -165,7 +166,7 @@ class Runner:
             if tensor.kind == "source":
                 pointer, shape = state.pointer(tensor.name, state.rows), state.shape(tensor.name, len(ids))
                 binding.bind_output(tensor.name, self.device, self._device_id, dtype.type, shape, pointer)
-        self._encoder.run_with_iobinding(binding)
+        self._encoder.run_with_iobinding(binding, self._only_fetches)
 
     def encode(self, ids: Ints, lengths: Ints) -> Floats:
         """The encoder's memory, (rows, source, embedding_size); padded positions hold nothing of meaning."""

@@ -1,9 +1,10 @@
 """The scheduler decides who waits, who is worked on and who has to leave. Pure: no I/O, no clock of its own.
 
-Policy. First in, first out. Between two decoder steps newcomers are encoded up to a budget of padded source tokens, so
-the running rows wait for at most one budget of encoding per token, and newcomers get in at every step: neither
-starves. At least one is always admitted if there is room, however long it is. A newcomer's cost is the rung of its own
-length, because that is the length to which it is padded, whoever comes with it.
+Policy. First in, first out. Between two decoder steps newcomers are encoded up to a budget of source tokens, so the
+running rows wait for at most one budget of encoding per token, and newcomers get in at every step: neither starves. At
+least one is always admitted if there is room, however long it is. A newcomer's cost is its own length, whoever comes
+with it: the encoder computes tokens, and only its attention, a small part for short texts, works on padded rows. So
+lengths that share an encoder call are those within a factor of two.
 
 A sequence that searches has as many rows set aside from the beginning as it may come to need, so it never has to wait
 half-way. Encodings and scores need no row. So there are two lines, and when all rows are taken those without pass
@@ -21,13 +22,17 @@ from dataclasses import dataclass
 from service.ladder import Ladder
 from service.sequence import Kind, Sequence, Stage
 
+_SHORT = 16
+"""Sources up to this length share a call, however short."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Group:
-    """Newcomers that one encoder call takes: of one kind, padded to one length, and one length of their targets."""
+    """Newcomers that one encoder call takes: of one kind, of similar lengths, and one length of their targets."""
 
     kind: Kind
     length: int
+    """To which they are padded: the rung of the longest of them."""
     target_length: int
     """Of kind score; else 0."""
     sequences: list[Sequence]
@@ -46,6 +51,7 @@ class Scheduler:
         self.encode_tokens = encode_tokens
         self._source = source
         self._target = target
+        self._similar = Ladder.of_capacities(source.last, smallest=_SHORT)
         self.rows_set_aside = 0
         self.added = 0
         """Sequences ever added."""
@@ -100,7 +106,7 @@ class Scheduler:
         groups: dict[tuple[Kind, int, int], Group] = {}
         spent = 0
         while (sequence := self._oldest_that_fits()) is not None:
-            length = self._source.rung(len(sequence.source_ids))
+            length = len(sequence.source_ids)
             target_length = 0 if sequence.target_ids is None else self._target.rung(len(sequence.target_ids))
             if spent and spent + length + target_length > self.encode_tokens:
                 break
@@ -109,8 +115,10 @@ class Scheduler:
             sequence.stage = Stage.RUNNING
             self._running.add(sequence)
             self.rows_set_aside += sequence.rows
-            key = (sequence.kind, length, target_length)
-            groups.setdefault(key, Group(*key, sequences=[])).sequences.append(sequence)
+            key = (sequence.kind, self._similar.rung(length), target_length)
+            group = groups.setdefault(key, Group(sequence.kind, 0, target_length, []))
+            group.sequences.append(sequence)
+            group.length = max(group.length, self._source.rung(length))
         return list(groups.values())
 
     def finish(self, sequence: Sequence) -> None:

@@ -95,7 +95,7 @@ class Settings:
     encode_tokens: int = field(
         default=1024,
         metadata=_manual(
-            "Padded source tokens encoded between two decoder steps at most (one input at least).",
+            "Source tokens encoded between two decoder steps at most (one input at least).",
             low=1,
         ),
     )

@@ -77,14 +77,14 @@ def test_rows_join_and_leave_between_steps(bench: Bench) -> None:
     assert sample(bench.metrics, "generated_tokens_total") == 13
 
 
-def test_newcomers_are_encoded_in_groups_of_their_own_rung(bench: Bench) -> None:
-    """A text is padded to the rung of its own length, never to its neighbours'."""
+def test_newcomers_are_encoded_in_groups_of_similar_lengths(bench: Bench) -> None:
+    """A text is padded to the longest of those within twice its length, not to all that come with it."""
     bench.submit(*(bench.client.generate([5] * length, 1) for length in (3, 8, 9, 30)))
     bench.run(1)
-    assert bench.runner.encoded == [("generate", 2, 8), ("generate", 1, 16), ("generate", 1, 32)]
+    assert bench.runner.encoded == [("generate", 3, 16), ("generate", 1, 32)]
     assert sample(bench.metrics, "source_tokens_total") == 50
-    assert sample(bench.metrics, "padding_tokens_total") == 64 - 50
-    assert sample(bench.metrics, "batch_padding_ratio_count") == 3
+    assert sample(bench.metrics, "padding_tokens_total") == 80 - 50
+    assert sample(bench.metrics, "batch_padding_ratio_count") == 2
 
 
 def test_encodings_are_vectors_without_padding(bench: Bench) -> None:
