@@ -62,7 +62,7 @@ class Core:
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Give them up; their rows are free when this returns. Those that are not here (any more) are passed over."""
-        here = [sequence for sequence in sequences if sequence.stage in (Stage.WAITING, Stage.RUNNING)]
+        here = [s for s in dict.fromkeys(sequences) if s.stage in (Stage.WAITING, Stage.RUNNING)]
         self._decoding.leave([sequence for sequence in here if sequence.stage is Stage.RUNNING])
         for sequence in here:
             self._ledger.finish(sequence, "cancelled", None)

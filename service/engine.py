@@ -62,6 +62,7 @@ class Engine:
         self._decided = threading.Event()  # ready, or never
         self._failure: StartupError | None = None
         self._facts: dict[str, object] = {}
+        self._scores = self._aligns = True  # whether the artifact can; known when it is open
         self._opener = threading.Thread(target=self._open, name="engine", daemon=True)
         self._division = Division.of(settings, on_gpu=settings.provider == "cuda")
         metrics.num_requests_waiting.set_function(lambda: float(self.waiting))
@@ -200,6 +201,7 @@ class Engine:
         settings = self._settings
         runner = Runner(self.artifact, settings)
         self._division = division = runner.division
+        self._scores, self._aligns = runner.scores, runner.aligns
         runners = [runner, *(runner.twin() for _ in range(division.workers - 1))]
         cores = [
             Core(each, self._metrics, max_rows=division.rows, encode_tokens=settings.encode_tokens, clock=self._clock)
@@ -236,6 +238,8 @@ class Engine:
         self._check_ids("source", sequence.source_ids)
         if sequence.parameters is not None:
             self._check_parameters(sequence.parameters)
+        if not self._scores and sequence.target_ids is not None:
+            raise ValidationFailed(_CANNOT.format("scores"))
         if sequence.target_ids is not None:
             if len(sequence.target_ids) > manifest.max_target_tokens:
                 raise TooLarge(
@@ -244,6 +248,8 @@ class Engine:
             self._check_ids("target", sequence.target_ids)
 
     def _check_parameters(self, parameters: GenerateParameters) -> None:
+        if parameters.return_alignments and not self._aligns:
+            raise ValidationFailed(_CANNOT.format("alignments"))
         limit = self.artifact.manifest.max_target_tokens
         if not 1 <= parameters.max_new_tokens <= limit:
             raise ValidationFailed(f"max_new_tokens has to be from 1 to {limit}")
@@ -262,6 +268,11 @@ class Engine:
         if not ids or not 0 <= min(ids) <= max(ids) < size:
             raise ValidationFailed(f"{what} ids have to be from 0 to {size - 1}, one at least")
 
+
+_CANNOT = (
+    "this model gives no {}: its artifact was exported without a scorer; whoever runs it can export it again with "
+    "transduce export"
+)
 
 _UNAVAILABLE = {
     "new": "the model is not loaded yet",

@@ -30,7 +30,7 @@ def self_test(runner: Runner, state: State, batch: Batch, ladder: Ladder) -> int
 
 
 def warm_up(runner: Runner, state: State, batch: Batch, ladder: Ladder, *, encode_tokens: int) -> None:
-    """Encode a whole budget and then one text of every rung, longest first; then steps of many and of few rows.
+    """Encode a whole budget and then one text of every rung, longest first; score; then steps of many and of few rows.
 
     Allocates what traffic will need, so that the first requests are no slower than the others.
     """
@@ -38,6 +38,10 @@ def warm_up(runner: Runner, state: State, batch: Batch, ladder: Ladder, *, encod
     calls = [(length, 1) for length in ladder.rungs] + [(ladder.last, max(1, encode_tokens // ladder.last))]
     for length, rows in reversed(calls):
         runner.encode(*pad([[eos_id] * length] * rows, length, pad_id))
+    if runner.scores:
+        for length in (ladder.first, ladder.last):
+            target_ids, _ = pad([[eos_id]], ladder.first, pad_id)
+            runner.score(*pad([[eos_id]], length, pad_id), target_ids, alignment=runner.aligns)
     rows = state.max_rows
     while rows:
         _begin(runner, state, batch, ladder, [[eos_id]] * rows, limit=1)

@@ -6,9 +6,8 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from service.commands.parameter_flags import add_parameters, named_as_flags, read_parameters
 from service.errors import SettingsError, ValidationFailed
 from service.settings import add_arguments, read_settings
 
@@ -34,9 +33,19 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--input", default="-", metavar="FILE", help="text, a line each; - is standard input (default)")
     parser.add_argument("--output", default="-", metavar="FILE", help="where to write; - is standard output (default)")
     parser.add_argument("--truncate", action="store_true", help="cut lines that are too long instead of stopping there")
-    add_parameters(parser.add_argument_group("generation", "the parameters of POST /v1/generate"), _PARAMETERS)
     add_arguments(parser, only=_SETTINGS)
     parser.set_defaults(func=run)
+    parse = parser.parse_known_args
+
+    def parse_with_parameters(*args: Any, **options: Any) -> Any:
+        # Their flags are made of the HTTP schema, whose library is not loaded for the help of other commands.
+        from service.commands.parameter_flags import add_parameters
+
+        parser.parse_known_args = parse  # type: ignore[method-assign]  # once
+        add_parameters(parser.add_argument_group("generation", "the parameters of POST /v1/generate"), _PARAMETERS)
+        return parse(*args, **options)
+
+    parser.parse_known_args = parse_with_parameters  # type: ignore[method-assign]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -45,6 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
+    from service.commands.parameter_flags import named_as_flags, read_parameters
     from service.served_model import load
     from service.translation import Translation
 

@@ -152,7 +152,7 @@ def test_broken_books_are_reported_with_the_numbers() -> None:
     """An error of bookkeeping is not carried on with."""
     scheduler = _scheduler()
     scheduler.rows_set_aside = 1
-    with pytest.raises(RuntimeError, match="0 rows are set aside .* the books say 1 of 2"):
+    with pytest.raises(RuntimeError, match=r"0 rows are set aside .* the books say 1 of 2"):
         scheduler.check_integrity()
     scheduler = _scheduler()
     scheduler.added = 3

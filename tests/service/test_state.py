@@ -54,10 +54,11 @@ def device_gather() -> Callable[[State, np.ndarray], None]:
     def gather(state: State, rows_from: np.ndarray, names: list[str]) -> None:
         binding = session.io_binding()
         binding.bind_cpu_input("rows_from", np.ascontiguousarray(rows_from))
-        for name in names:
+        for name in state.names:
             before, after = state.shape(name, state.rows), state.shape(name, len(rows_from))
             binding.bind_input(name, "cpu", 0, np.float32, before, state.pointer(name))
-            binding.bind_output(f"next_{name}", "cpu", 0, np.float32, after, state.spare_pointer(name))
+            if name in names:
+                binding.bind_output(f"next_{name}", "cpu", 0, np.float32, after, state.spare_pointer(name))
         session.run_with_iobinding(binding)
 
     return gather
