@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from export.layers import FloatLinear, IntegerLinear, IntegerMatrix, TokenEmbedding, fused_linear
+from export.layers import Bounded, FloatLinear, IntegerLinear, IntegerMatrix, TokenEmbedding, fused_linear
 from export.ops import (
     cached_attention_over_lengths,
     cross_attention_rewriting,
     cross_attention_step,
-    largest,
     self_attention_step,
+    side_by_side,
+    slices_of,
     tensor_scatter,
+    top,
 )
 from export.profile import Profile
 from export.sublayers import FeedForwardGraph, ResidualStream
@@ -61,7 +63,7 @@ class SelfAttentionGraph(nn.Module):
         self.packed = fused_linear([trained.query, trained.key, trained.value], profile.integer_products)
         self.output = fused_linear([trained.output], profile.integer_products, bias=False)
 
-    def forward(self, x: Tensor, places: Places, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor | Bounded, places: Places, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, 1, D), caches (B, H, C, K) -> (B, 1, D), and both caches with the new position."""
         packed = self.packed(x)  # (B, 1, 3 * D)
         if self.grouped:
@@ -86,7 +88,7 @@ class CrossAttentionGraph(nn.Module):
         self.query = fused_linear([trained.query], profile.integer_products)
         self.output = fused_linear([trained.output], profile.integer_products, bias=False)
 
-    def forward(self, x: Tensor, places: Places, key: Tensor, value: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor | Bounded, places: Places, key: Tensor, value: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x (B, 1, D), the source's keys and values (B, H, C, K) -> (B, 1, D), and what had to be written back."""
         query = self.query(x)  # (B, 1, D)
         if self.kind == "attention":
@@ -98,6 +100,26 @@ class CrossAttentionGraph(nn.Module):
             return self.output(cross_attention_step(*arguments)), []
         heads, next_key, next_value = cross_attention_rewriting(*arguments)
         return self.output(heads), [next_key, next_value]
+
+
+def best_tokens(scores: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The k () largest of each row of scores (B, V), best first: values and indices, both (B, k).
+
+    TopK looks at one number at a time, ReduceMax at a register full: so the tokens stand in groups, and only the k best
+    groups are looked at, which hold the k best tokens. Of equal tokens, which is first is a matter of their row alone,
+    and the k best are the first of more.
+    """
+    size = group_size(scores.shape[1])
+    groups = scores.reshape(scores.shape[0], -1, size)  # (B, V / size, size)
+    _, chosen = top(groups.amax(dim=2), k.clamp_max(groups.shape[1]))  # (B, k)
+    ids = (chosen * size).unsqueeze(2) + torch.arange(size)  # (B, k, size)
+    values, places = top(side_by_side(slices_of(groups, chosen)), k)  # both (B, k)
+    return values, side_by_side(ids).gather(1, places)
+
+
+def group_size(tokens: int) -> int:
+    """The divisor of a number of tokens that is nearest to its square root: as many groups as tokens in each."""
+    return min((n for n in range(1, tokens + 1) if tokens % n == 0), key=lambda n: abs(n - tokens**0.5))
 
 
 class DecoderStack(nn.Module):
@@ -158,10 +180,13 @@ class DecoderGraph(DecoderStack):
             total, x = self.stream.add(3 * number, total, output)
             output, rewritten = cross_attention(x, places, cross_key, cross_value)
             total, x = self.stream.add(3 * number + 1, total, output)
-            total, x = self.stream.add(3 * number + 2, total, feed_forward(x))
+            output = feed_forward(x)
+            if number + 1 == len(self.feed_forwards):
+                total, output = total.squeeze(1), output.squeeze(1)  # (B, D)
+            total, x = self.stream.add(3 * number + 2, total, output)
             written += [next_key, next_value, *rewritten]
-        logits = self.output_projection(x.squeeze(1)).float()  # (B, V)
+        logits = self.output_projection(x).float()  # (B, V)
         # Padding and the start token are no candidates, but the distribution stays the model's: they are in its sum.
         never = torch.tensor([self.never]).expand(logits.shape[0], 2)
-        scores, candidates = largest(logits.log_softmax(dim=-1).scatter(1, never, -torch.inf), k)
+        scores, candidates = best_tokens(logits.log_softmax(dim=-1).scatter(1, never, -torch.inf), k)
         return candidates, scores, logits, *written

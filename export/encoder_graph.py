@@ -1,18 +1,42 @@
 """The encoder as a graph: source ids to memory and to the keys and values that every decoder layer will attend to.
 
-Letters in the shape comments: B rows, S source tokens, C source capacity, D = d_model, H heads, K = D / H, L decoder
-layers.
+Letters in the shape comments: B rows, S source tokens, P valid tokens of all rows, C source capacity, D = d_model,
+H heads, K = D / H, L decoder layers.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 
-from export.layers import IntegerMatrix, TokenEmbedding, fused_linear
-from export.ops import attention_over_lengths, masked_attention, pad_to
+from export.layers import Bounded, IntegerMatrix, TokenEmbedding, fused_linear
+from export.ops import arange, attention_over_lengths, elements_of, masked_attention, rows_of, split_rows
 from export.profile import Profile
 from export.sublayers import FeedForwardGraph, ResidualStream
 from model.transformer import DecoderLayer, EncoderLayer, MultiHeadAttention, Transformer
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the valid tokens of padded sources stand: worked out once for all layers."""
+
+    lengths: Tensor  # (B,) int64
+    places: Tensor  # (P, 2) int64, row and position of each valid token, row by row
+    tokens: Tensor  # (B, S) int64, the valid token at each place, and behind a source's end its last one
+    slots: Tensor  # (B, C) int64, the same for each place of a capacity
+
+    @classmethod
+    def of(cls, size: int, lengths: Tensor, capacity: Tensor) -> Packing:
+        """Of sources padded to a size."""
+        ends = lengths[:, None]  # (B, 1)
+        starts = lengths.cumsum(0)[:, None] - ends  # (B, 1)
+        steps = torch.arange(size)
+        places = (steps < ends).nonzero()
+        tokens = starts + torch.minimum(steps, ends - 1)
+        slots = starts + torch.minimum(arange(capacity), ends - 1)
+        return cls(lengths, places, tokens, slots)
 
 
 class EncoderAttentionGraph(nn.Module):
@@ -25,17 +49,20 @@ class EncoderAttentionGraph(nn.Module):
         self.packed = fused_linear([trained.query, trained.key, trained.value], profile.integer_products)
         self.output = fused_linear([trained.output], profile.integer_products, bias=False)
 
-    def forward(self, x: Tensor, source_ids: Tensor, lengths: Tensor) -> Tensor:
-        """x (B * S, D), source_ids (B, S) for the shape, lengths (B,) -> (B * S, D)."""
-        batch, size = source_ids.shape
-        query, key, value = self.packed(x).reshape(batch, size, -1).chunk(3, dim=-1)  # three (B, S, D)
-        heads = self.attend(query, key, value, lengths, self.num_heads)  # (B, S, D)
-        y: Tensor = self.output(heads.reshape(batch * size, -1))
+    def forward(self, x: Tensor | Bounded, packing: Packing) -> Tensor:
+        """x (P, D) -> (P, D)."""
+        parts = split_rows(self.packed(x), x.shape[1])  # (P * 3, D)
+        query, key, value = (rows_of(parts, packing.tokens * 3 + part) for part in range(3))  # three (B, S, D)
+        heads = self.attend(query, key, value, packing.lengths, self.num_heads)  # (B, S, D)
+        y: Tensor = self.output(elements_of(heads, packing.places))
         return y
 
 
 class EncoderGraph(nn.Module):
-    """The encoder, and the projections of the memory to keys and values of the decoder's cross-attention."""
+    """The encoder, and the projections of the memory to keys and values of the decoder's cross-attention.
+
+    Everything but attention is computed for the valid tokens alone, side by side.
+    """
 
     def __init__(self, model: Transformer, profile: Profile) -> None:
         super().__init__()
@@ -58,16 +85,19 @@ class EncoderGraph(nn.Module):
         """source_ids (B, S), source_lengths (B,), source_capacity () -> memory (B, S, D) float32, and for each decoder
         layer keys (B, H, C, K) and values (B, H, C, K).
         """
-        batch, size = source_ids.shape
         config = self.config
-        total, x = self.stream.start(self.embedding.whole(source_ids).reshape(batch * size, config.d_model))
+        packing = Packing.of(source_ids.shape[1], source_lengths, source_capacity)
+        embedded = self.embedding.step(elements_of(source_ids, packing.places), packing.places[:, 1])  # (P, D)
+        total, x = self.stream.start(embedded)
         for number, (attention, feed_forward) in enumerate(zip(self.attentions, self.feed_forwards, strict=True)):
-            total, x = self.stream.add(2 * number, total, attention(x, source_ids, source_lengths))
-            total, x = self.stream.add(2 * number + 1, total, feed_forward(x))  # both (B * S, D)
-        shape = (batch, size, 2 * config.decoder_layers, config.num_heads, config.d_head)
-        states = self.cross(x).reshape(shape).permute(2, 0, 3, 1, 4)  # (2 * L, B, H, S, K)
-        states = pad_to(states, 3, source_capacity)  # (2 * L, B, H, C, K)
-        return x.reshape(batch, size, config.d_model).float(), *states.unbind(0)
+            total, x = self.stream.add(2 * number, total, attention(x, packing))
+            total, x = self.stream.add(2 * number + 1, total, feed_forward(x))  # both (P, D)
+        cross = split_rows(self.cross(x), config.d_head)  # (P * 2 * L * H, K)
+        states = 2 * config.decoder_layers
+        heads = packing.slots[:, None, :] * (states * config.num_heads) + torch.arange(config.num_heads)[:, None]
+        memory = x.values if isinstance(x, Bounded) else x
+        keys_and_values = [rows_of(cross, heads + n * config.num_heads) for n in range(states)]
+        return rows_of(memory, packing.tokens).float(), *keys_and_values
 
 
 def _cross_attentions(model: Transformer) -> list[MultiHeadAttention]:

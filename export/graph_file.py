@@ -99,11 +99,14 @@ def _strip(model: onnx.ModelProto) -> None:
 
 
 def _drop_unused_outputs(model: onnx.ModelProto) -> None:
-    """Take the name from outputs that nothing reads, so that an operator need not compute what is optional."""
+    """Take the name from outputs that nothing reads, so that an operator need not compute what is optional.
+
+    Of ONNX Runtime's own operators: of those that the graphs use, no other has optional outputs.
+    """
     used = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
     for node in model.graph.node:
         for place, name in enumerate(node.output):
-            if name not in used:
+            if node.domain and name not in used:
                 node.output[place] = ""
         while node.output and node.output[-1] == "":
             node.output.pop()

@@ -6,16 +6,45 @@ Letters in the shape comments: B rows, S tokens, D = d_model, K inputs and N out
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export.ops import integer_product, quantise_rows, rows_of
+from export.ops import integer_product, quantise, quantise_rows, rows_of
 from model.transformer import Embedding
 
 SMALLEST_SCALE = 1e-12
 """Of an output whose weights are all zero, which then quantise to zero instead of NaN."""
+
+
+NORM_BOUND = 5.0
+"""Standard deviations of what a LayerNorm gives that products of integers tell apart; what is beyond is cut off."""
+
+LOW_ZERO = 20
+"""Which of the integers 0 to 255 stands for zero where activations are hardly ever negative; else it is 128."""
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """Activations that are known to be no larger than a constant, but for a few that may be cut off.
+
+    Integers of one scale for all of them will do: there is no need to look for the largest of each row.
+    """
+
+    values: Tensor  # (..., K) float32
+    bound: float
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the values."""
+        return self.values.shape
+
+
+def bound_of(norm: nn.LayerNorm) -> float:
+    """The bound of what a norm gives: its outputs have a mean and a standard deviation that its weights tell."""
+    return float((NORM_BOUND * norm.weight.detach().abs() + norm.bias.detach().abs()).max())
 
 
 def quantise_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,25 +68,40 @@ class IntegerMatrix(nn.Module):
         """ids (B, ...) -> factor times the rows (B, ..., K) float32."""
         return rows_of(self.values, ids).float() * rows_of((self.scale * factor).unsqueeze(-1), ids)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """x (..., K) float32 -> (..., N) float32, each row of x quantised by its own largest value."""
+    def multiply(self, x: Tensor | Bounded, bias: Tensor | None, least: float | None) -> Tensor:
+        """x (..., K) float32 -> (..., N) float32, with a bias (N,) added.
+
+        What is not bounded is quantised row by row, by its largest value; `least` says how far below zero it can be, if
+        that is less than above.
+        """
+        weight = self.values.t()
+        if isinstance(x, Bounded):
+            scale = x.bound / 127
+            return integer_product(quantise(x.values, scale, 128), weight, torch.tensor(scale), self.scale, 128, bias)
         # A row of zeros has a scale of zero: whatever integers it quantises to, the product with its scale is zero.
-        row_scale = x.abs().amax(dim=-1, keepdim=True) * (1 / 127)  # (..., 1)
-        return integer_product(quantise_rows(x, row_scale), self.values.t(), row_scale, self.scale)
+        if least is None:
+            zero, scales = 128, x.abs().amax(dim=-1, keepdim=True) * (1 / 127)  # (..., 1)
+        elif least == 0:
+            zero, scales = 0, x.amax(dim=-1, keepdim=True) * (1 / 255)
+        else:
+            zero = LOW_ZERO
+            scales = (x.amax(dim=-1, keepdim=True) * (1 / (255 - zero))).clamp_min(least / zero)
+        y = integer_product(quantise_rows(x, scales, zero), weight, scales, self.scale, zero)
+        return y if bias is None else y + bias
 
 
 class IntegerLinear(nn.Module):
     """One or several linear layers of the same input, side by side, as one product of integers."""
 
-    def __init__(self, matrix: IntegerMatrix, bias: Tensor | None) -> None:
+    def __init__(self, matrix: IntegerMatrix, bias: Tensor | None, least: float | None = None) -> None:
         super().__init__()
         self.matrix = matrix
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.least = least
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Bounded) -> Tensor:
         """(..., K) -> (..., N)."""
-        y = self.matrix.multiply(x)
-        return y if self.bias is None else y + self.bias
+        return self.matrix.multiply(x, self.bias, self.least)
 
 
 class FloatLinear(nn.Module):
@@ -73,11 +117,16 @@ class FloatLinear(nn.Module):
         return functional.linear(x, self.weight, self.bias)
 
 
-def fused_linear(layers: Sequence[nn.Linear], integer: bool, bias: bool = True) -> nn.Module:
-    """Linear layers of one input as one: their outputs stand side by side. The bias can be left to someone else."""
+def fused_linear(
+    layers: Sequence[nn.Linear], integer: bool, bias: bool = True, least: float | None = None
+) -> nn.Module:
+    """Linear layers of one input as one: their outputs stand side by side. The bias can be left to someone else.
+
+    `least`: how far below zero the input can be, if that is known.
+    """
     weight = torch.cat([layer.weight.detach() for layer in layers])
     biases = torch.cat([layer.bias.detach() for layer in layers]) if bias else None
-    return IntegerLinear(IntegerMatrix(weight), biases) if integer else FloatLinear(weight, biases)
+    return IntegerLinear(IntegerMatrix(weight), biases, least) if integer else FloatLinear(weight, biases)
 
 
 class TokenEmbedding(nn.Module):

@@ -158,21 +158,31 @@ def skip_layer_norm(x: Tensor, output: Tensor, bias: Tensor, norm: nn.LayerNorm)
     return normalised, total
 
 
-def quantise_rows(x: Tensor, scale: Tensor) -> Tensor:
-    """x (..., K) float32 and its scale per row (..., 1) -> (..., K) uint8, zero point 128, half to even, saturated."""
-    zero_point = torch.full(scale.shape, 128, dtype=torch.uint8)
+def quantise(x: Tensor, scale: float, zero_point: int) -> Tensor:
+    """x float32 of any shape -> uint8, all by one scale: half to even, saturated."""
+    arguments = (x, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.uint8))
+    return symbolic("QuantizeLinear", arguments, dtype=torch.uint8, shape=x.shape, version=21)
+
+
+def quantise_rows(x: Tensor, scale: Tensor, zero_point: int) -> Tensor:
+    """The same, x (..., K), with a scale per row (..., 1)."""
+    zero_points = torch.full(scale.shape, zero_point, dtype=torch.uint8)
     attributes: Attributes = {"axis": x.dim() - 1, "block_size": x.shape[-1]}  # one block is a whole row
-    return symbolic("QuantizeLinear", (x, scale, zero_point), attributes, dtype=torch.uint8, shape=x.shape, version=21)
+    return symbolic("QuantizeLinear", (x, scale, zero_points), attributes, dtype=torch.uint8, shape=x.shape, version=21)
 
 
-def integer_product(x: Tensor, weight: Tensor, row_scale: Tensor, column_scale: Tensor) -> Tensor:
-    """x (..., K) uint8 of zero point 128, weight (K, N) int8, scales (..., 1) and (N,) float32 -> (..., N) float32.
+def integer_product(
+    x: Tensor, weight: Tensor, scale: Tensor, column_scale: Tensor, zero_point: int, bias: Tensor | None = None
+) -> Tensor:
+    """x (..., K) uint8 of this zero point, weight (K, N) int8, scale () or (..., 1), column_scale (N,) float32
+    -> (..., N) float32, and a bias (N,) added.
 
-    The operator can add a bias too, but multiplies it by the row's scale: add it apart.
+    With a scale per row the operator multiplies the bias by it too: then add the bias apart.
     """
+    assert bias is None or scale.dim() == 0
     return symbolic(
         "com.microsoft::MatMulIntegerToFloat",
-        (x, weight, row_scale, column_scale, torch.tensor(128, dtype=torch.uint8)),
+        (x, weight, scale, column_scale, torch.tensor(zero_point, dtype=torch.uint8), None, bias),
         dtype=torch.float32,
         shape=(*x.shape[:-1], weight.shape[1]),
         version=1,
@@ -186,8 +196,27 @@ def rows_of(table: Tensor, ids: Tensor) -> Tensor:
     )
 
 
-def largest(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of x (B, N), best first, of equals the lower index first: values and indices."""
+def elements_of(table: Tensor, places: Tensor) -> Tensor:
+    """table (A, B, ...), places (T, 2) -> table[a, b] for each pair of places: (T, ...)."""
+    return symbolic(
+        "GatherND", (table, places), dtype=table.dtype, shape=(places.shape[0], *table.shape[2:]), version=13
+    )
+
+
+def split_rows(x: Tensor, width: int) -> Tensor:
+    """x (T, N * width) -> (T * N, width), without a look at T."""
+    shape = (x.shape[0] * (x.shape[1] // width), width)
+    return symbolic("Reshape", (x, torch.tensor([-1, width])), dtype=x.dtype, shape=shape, version=14)
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """x (B, k, M) -> (B, k * M), without a look at k."""
+    shape = (x.shape[0], x.shape[1] * x.shape[2])
+    return symbolic("Reshape", (x, torch.tensor([0, -1])), dtype=x.dtype, shape=shape, version=14)
+
+
+def top(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The k () largest of each row of x (B, N), best first, of equals the lower index first: values and indices."""
     values, indices = symbolic_multi_out(
         "TopK",
         (x, k.reshape(1)),
@@ -199,9 +228,14 @@ def largest(x: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def pad_to(x: Tensor, axis: int, size: Tensor) -> Tensor:
-    """Zeros behind x along an axis until it is `size` () long."""
-    missing = (size - x.shape[axis]).reshape(1)
-    none = torch.zeros(x.dim(), dtype=torch.int64)
-    ends = torch.cat([none[:axis], missing, none[axis + 1 :]])
-    return symbolic("Pad", (x, torch.cat([none, ends])), dtype=x.dtype, shape=x.shape, version=21)
+def slices_of(x: Tensor, indices: Tensor) -> Tensor:
+    """x (B, N, M), indices (B, k) -> x[b, indices[b]]: (B, k, M)."""
+    shape = (*indices.shape, x.shape[2])
+    attributes: Attributes = {"batch_dims": 1}
+    return symbolic("GatherND", (x, indices.unsqueeze(-1)), attributes, dtype=x.dtype, shape=shape, version=13)
+
+
+def arange(size: Tensor) -> Tensor:
+    """0, 1, ... size () - 1, int64."""
+    ends = torch.tensor(0), size, torch.tensor(1)
+    return symbolic("Range", ends, dtype=torch.int64, shape=(8,), version=11)

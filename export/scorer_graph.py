@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from export.decoder_graph import DecoderStack
-from export.layers import fused_linear
+from export.layers import Bounded, fused_linear
 from export.ops import (
     cached_attention_over_lengths,
     causal_attention,
@@ -31,7 +31,7 @@ class CausalAttentionGraph(nn.Module):
         self.packed = fused_linear([trained.query, trained.key, trained.value], profile.integer_products)
         self.output = fused_linear([trained.output], profile.integer_products, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Bounded) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         query, key, value = self.packed(x).chunk(3, dim=-1)  # three (B, T, D)
         y: Tensor = self.output(self.attend(query, key, value, self.num_heads))
@@ -48,7 +48,7 @@ class SourceAttentionGraph(nn.Module):
         self.query = fused_linear([trained.query], profile.integer_products)
         self.output = fused_linear([trained.output], profile.integer_products, bias=False)
 
-    def ask(self, x: Tensor) -> Tensor:
+    def ask(self, x: Tensor | Bounded) -> Tensor:
         """x (B, T, D) -> the queries (B, H, T, K)."""
         queries: Tensor = self.query(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         return queries
@@ -94,7 +94,7 @@ class ScorerGraph(DecoderStack):
         start = target_ids.new_full((target_ids.shape[0], 1), self.bos_id)
         read = torch.cat([start, target_ids[:, :-1]], dim=1)  # (B, T)
         total, x = self.stream.start(self.embedding.whole(read))  # both (B, T, D)
-        alignment = x
+        alignment = total
         layers = zip(self.self_attentions, self.cross_attentions, self.feed_forwards, strict=True)
         for number, (self_attention, cross_attention, feed_forward) in enumerate(layers):
             assert isinstance(cross_attention, SourceAttentionGraph)
@@ -104,7 +104,10 @@ class ScorerGraph(DecoderStack):
             if number == self.alignment_layer:
                 alignment = source_weights(query, key, source_lengths)
             total, x = self.stream.add(3 * number + 1, total, cross_attention(query, key, value, source_lengths))
-            total, x = self.stream.add(3 * number + 2, total, feed_forward(x))
-        logits = self.output_projection(x.flatten(0, 1)).float()  # (B * T, V)
+            output = feed_forward(x)
+            if number + 1 == len(self.feed_forwards):
+                total, output = total.flatten(0, 1), output.flatten(0, 1)  # (B * T, D)
+            total, x = self.stream.add(3 * number + 2, total, output)
+        logits = self.output_projection(x).float()  # (B * T, V)
         of_targets = logits.log_softmax(dim=-1).gather(1, target_ids.reshape(-1, 1))  # (B * T, 1)
         return of_targets.reshape(target_ids.shape), alignment

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from export.layers import fused_linear
+from export.layers import Bounded, bound_of, fused_linear
 from export.ops import skip_layer_norm
 from export.profile import Profile
 from model.transformer import FeedForward, Residual
+
+GELU_LEAST = 0.17
+"""How far below zero a GELU goes; a ReLU does not."""
 
 
 class FeedForwardGraph(nn.Module):
@@ -22,10 +25,12 @@ class FeedForwardGraph(nn.Module):
     def __init__(self, trained: FeedForward, integer: bool) -> None:
         super().__init__()
         self.inner = fused_linear([trained.inner], integer)
-        self.activation = trained.activation
-        self.outer = fused_linear([trained.outer], integer, bias=False)
+        gelu = isinstance(trained.activation, nn.GELU)
+        # The approximation by tanh is off by less than 0.0005, a fraction of what the integers round away.
+        self.activation = nn.GELU(approximate="tanh") if gelu and integer else trained.activation
+        self.outer = fused_linear([trained.outer], integer, bias=False, least=GELU_LEAST if gelu else 0.0)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Bounded) -> Tensor:
         """(..., D) -> (..., D); inside (..., F)."""
         y: Tensor = self.outer(self.activation(self.inner(x)))
         return y
@@ -48,13 +53,17 @@ class ResidualStream(nn.Module):
         self.first = norms[0] if self.pre_norm else nn.Identity()
         following = [*norms[1:], final] if self.pre_norm else norms
         self.norms = nn.ModuleList(following)
+        self.bounds = [
+            bound_of(norm) if profile.integer_products and isinstance(norm, nn.LayerNorm) else None
+            for norm in (self.first, *following)
+        ]
         self.biases = nn.ParameterList([linear.bias.detach() for linear in last_linears])
 
-    def start(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def start(self, x: Tensor) -> tuple[Tensor, Tensor | Bounded]:
         """x (..., D) -> the sum and what the first sublayer reads."""
-        return x, self.first(x)
+        return x, _read(self.first(x), self.bounds[0])
 
-    def add(self, sublayer: int, total: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+    def add(self, sublayer: int, total: Tensor, output: Tensor) -> tuple[Tensor, Tensor | Bounded]:
         """The sum so far and the sublayer's output, both (..., D) -> the sum and what the next sublayer reads."""
         norm, bias = self.norms[sublayer], self.biases[sublayer]
         if self.fused and isinstance(norm, nn.LayerNorm):
@@ -62,4 +71,8 @@ class ResidualStream(nn.Module):
         else:
             total = total + (output + bias)
             normalised = norm(total)
-        return (total, normalised) if self.pre_norm else (normalised, normalised)
+        return total if self.pre_norm else normalised, _read(normalised, self.bounds[sublayer + 1])
+
+
+def _read(normalised: Tensor, bound: float | None) -> Tensor | Bounded:
+    return normalised if bound is None else Bounded(normalised, bound)

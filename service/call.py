@@ -1,6 +1,6 @@
-"""A call: the sequences of one HTTP request between the event loop and the engine's thread.
+"""A call: the sequences of one HTTP request between the event loop and the engine's threads.
 
-The engine tells what happens on its own thread; a `Mailbox` carries that over to the event loop, all events of an
+The engine tells what happens on its own threads; a `Mailbox` carries that over to the event loop, all events of an
 iteration in one hop. A call that is closed early (its client left, one of its inputs failed) cancels what still runs.
 """
 
@@ -37,7 +37,7 @@ class EngineRefusal(Exception):
 
 
 class Mailbox:
-    """Events from the engine's thread to one event loop, in order, with one hop for as many as have come."""
+    """Events from the engine's threads to one event loop, each thread's in order, one hop for as many as have come."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -45,7 +45,7 @@ class Mailbox:
         self._hop_scheduled = False
 
     def post(self, deliver: Callable[[int, Event], None], index: int, event: Event) -> None:
-        """On the engine's thread: have the loop call `deliver(index, event)`."""
+        """On one of the engine's threads: have the loop call `deliver(index, event)`."""
         self._events.append((deliver, index, event))
         if not self._hop_scheduled:
             self._hop_scheduled = True
@@ -54,7 +54,7 @@ class Mailbox:
 
     def _deliver_all(self) -> None:
         # Cleared before the first event is taken: one that comes meanwhile asks for a hop that may find nothing to do,
-        # and none is left behind.
+        # and none is left behind. Two threads may both ask for one: the second finds nothing.
         self._hop_scheduled = False
         while self._events:
             deliver, index, event = self._events.popleft()

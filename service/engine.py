@@ -1,30 +1,30 @@
-"""The engine: one thread that owns token ids, rows and sessions. Commands go in by a queue, events come out.
+"""The engine: workers that share the sessions of one artifact, and the door in front of them.
 
-The thread repeats the core's iteration while there is work, and blocks on the queue only when there is none. Nothing
-on its way takes a lock: the one lock here is the door at which callers wait for one another. It knows neither text nor
-HTTP.
+A worker is one thread that decodes its own rows, with one processor's worth of ONNX Runtime. Two of them do more than
+one whose calls are split over two threads: the operators of a decoder step are too short to be worth a split, and while
+one worker is in Python the other computes. Commands go in by queues, events come out; the one lock here is the door at
+which callers wait for one another. It knows neither text nor HTTP.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import queue
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from service.artifact import Artifact
 from service.core import Core
-from service.errors import EngineFailure, QueueFull, StartupError, TooLarge, Unavailable, ValidationFailed
+from service.errors import QueueFull, StartupError, TooLarge, Unavailable, ValidationFailed
 from service.metrics import Metrics
+from service.processors import Division
 from service.rehearsal import self_test, warm_up
 from service.runner import Runner
-from service.sequence import Sequence
+from service.sequence import GenerateParameters, Sequence
 from service.settings import Settings
+from service.worker import Worker
 
 Status = Literal["new", "starting", "ready", "draining", "stopped", "failed"]
 
@@ -34,28 +34,10 @@ _SWITCH_INTERVAL = 0.001
 """Seconds after which a thread that runs Python makes room for another that waits."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    sequences: list[Sequence]
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    sequences: list[Sequence]
-
-
-@dataclass(frozen=True, slots=True)
-class _Drain:
-    deadline: float
-
-
-_Command: TypeAlias = _Submit | _Cancel | _Drain
-
-
 class Engine:
-    """Serves one artifact. Thread-safe: every public method may be called from any thread but the engine's own.
+    """Serves one artifact. Thread-safe: every public method may be called from any thread but the workers' own.
 
-    All events of an iteration are posted together at its end, by `Sequence.on_event`, on the engine's thread.
+    All events of an iteration are posted together at its end, by `Sequence.on_event`, on a worker's thread.
     """
 
     def __init__(
@@ -64,24 +46,25 @@ class Engine:
         settings: Settings,
         metrics: Metrics,
         *,
-        open_core: Callable[[], Core] | None = None,
+        open_cores: Callable[[], list[Core]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.artifact = artifact
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
-        self._open_core = open_core or self._open_artifact
-        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._open_cores = open_cores or self._open_artifact
         self._door = threading.Lock()
         self._status: Status = "new"  # written behind the door
-        self._accepted = 0  # sequences ever, written behind the door
-        self._core: Core | None = None
+        self._workers: list[Worker] = []
+        self._ended_workers = 0
         self._drain_deadline: float | None = None
         self._decided = threading.Event()  # ready, or never
         self._failure: StartupError | None = None
         self._facts: dict[str, object] = {}
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._scores = self._aligns = True  # whether the artifact can; known when it is open
+        self._opener = threading.Thread(target=self._open, name="engine", daemon=True)
+        self._division = Division.of(settings, on_gpu=settings.provider == "cuda")
         metrics.num_requests_waiting.set_function(lambda: float(self.waiting))
 
     @property
@@ -90,17 +73,22 @@ class Engine:
         return self._status
 
     @property
+    def rows_per_sequence(self) -> int:
+        """Rows that one sequence may take at most: those of one worker."""
+        return self._division.rows
+
+    @property
     def waiting(self) -> int:
         """Sequences that were accepted and that nobody works on yet."""
-        return self._accepted - (0 if self._core is None else self._core.scheduler.left_line)
+        return sum(worker.waiting for worker in self._workers)
 
     def start(self) -> None:
-        """Start the thread: open the sessions, run the self-test, warm up. Returns at once."""
+        """Open the sessions, run the self-test, warm up, and begin to serve, in threads. Returns at once."""
         self._status = "starting"
-        # After each call into ONNX Runtime the engine wants the interpreter's lock back. By default it would wait
+        # After each call into ONNX Runtime a worker wants the interpreter's lock back. By default it would wait
         # 5 ms for it beside a busy thread, longer than a step of a small model; that is measured 2 x slower.
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_INTERVAL))
-        self._thread.start()
+        self._opener.start()
 
     def wait_ready(self, timeout: float | None = None) -> bool:
         """Block until ready: True; False if the time ran out. Raises the StartupError with which starting failed."""
@@ -127,31 +115,40 @@ class Engine:
             now = self._clock()
             for sequence in sequences:
                 sequence.submitted_at = now
-            self._accepted += count
-            self._commands.put(_Submit(sequences))
+            for worker, share in zip(self._workers, self._shares(sequences), strict=True):
+                if share:
+                    worker.submit(share)
 
     def cancel(self, sequences: list[Sequence]) -> None:
         """Give them up, wherever they are: their rows are free within a step. No event follows."""
-        self._commands.put(_Cancel(sequences))
+        for number, worker in enumerate(self._workers):
+            own = [sequence for sequence in sequences if sequence.worker == number]
+            if own:
+                worker.cancel(own)
 
     def drain(self, seconds: float) -> None:
         """Accept nothing more, answer what was accepted, then stop; after `seconds` the rest fails with Unavailable.
 
         Returns at once; `join` waits. A second call can only shorten the time.
         """
+        deadline = self._clock() + seconds
         with self._door:
             if self._status in ("starting", "ready"):
                 self._status = "draining"
-        self._commands.put(_Drain(self._clock() + seconds))
+            self._drain_deadline = deadline
+            for worker in self._workers:
+                worker.drain(deadline)
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait for the thread's end; False if the time ran out."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
-        return not self._thread.is_alive()
+        """Wait for the threads' end; False if the time ran out."""
+        end = None if timeout is None else time.monotonic() + timeout
+        if self._opener.ident is not None:
+            self._opener.join(timeout)
+        ended = [worker.join(None if end is None else max(0.0, end - time.monotonic())) for worker in self._workers]
+        return not self._opener.is_alive() and all(ended)
 
     def stop(self) -> None:
-        """Fail what is left with Unavailable, end the thread, and wait for that."""
+        """Fail what is left with Unavailable, end the threads, and wait for that."""
         self.drain(0)
         self.join()
 
@@ -159,106 +156,123 @@ class Engine:
         """Facts for people: provider, precision, threads, memory. Empty until ready. For the log and /v1/models."""
         return dict(self._facts)
 
-    # ---- the engine's thread ----
+    def _shares(self, sequences: list[Sequence]) -> list[list[Sequence]]:
+        """Each sequence to the worker that has the fewest; of equals to the first."""
+        loads = [worker.unfinished for worker in self._workers]
+        shares: list[list[Sequence]] = [[] for _ in loads]
+        for sequence in sequences:
+            sequence.worker = number = loads.index(min(loads))
+            loads[number] += 1
+            shares[number].append(sequence)
+        return shares
 
-    def _run(self) -> None:
+    def _open(self) -> None:
         try:
-            self._core = core = self._open_core()
+            cores = self._open_cores()
         except Exception as error:
             if not isinstance(error, StartupError):
                 log.exception("starting failed")
                 error = StartupError(f"the model could not be started: {error}")
             self._failure = error
-            self._become("failed")
+            with self._door:
+                self._status = "failed"
+            self._decided.set()
             return
-        self._become("ready")
-        while self._take_commands(core):
-            try:
-                core.iterate()
-            except Exception:
-                self._recover(core)
-        self._close(core)
-
-    def _take_commands(self, core: Core) -> bool:
-        """Obey what has come, waiting for it if there is nothing else to do. False when it is time to end."""
-        blocks = core.idle and self._drain_deadline is None
-        if blocks:
-            core.check_integrity()
-        try:
-            while True:
-                self._obey(core, self._commands.get(blocks))
-                blocks = False
-        except queue.Empty:
-            pass
-        if self._drain_deadline is None:
-            return True
-        return not core.idle and self._clock() < self._drain_deadline
-
-    def _obey(self, core: Core, command: _Command) -> None:
-        match command:
-            case _Submit(sequences):
-                core.add(sequences)
-            case _Cancel(sequences):
-                core.cancel(sequences)
-            case _Drain(deadline):
-                self._drain_deadline = min(deadline, math.inf if self._drain_deadline is None else self._drain_deadline)
-
-    def _recover(self, core: Core) -> None:
-        log.exception("an iteration failed; everything it was working on is answered with an error")
-        core.fail_all(EngineFailure("the engine failed while it worked on this request; the service's log says how"))
-
-    def _close(self, core: Core) -> None:
-        self._become("stopped")  # from here on nothing is accepted, so what is in the queue now is all there is
-        try:
-            while True:
-                self._obey(core, self._commands.get(False))
-        except queue.Empty:
-            pass
-        core.fail_all(Unavailable("the service stopped before this request's turn was over"))
-
-    def _become(self, status: Status) -> None:
         with self._door:
-            if status != "ready" or self._status == "starting":
-                self._status = status
+            self._workers = [
+                Worker(core, number, clock=self._clock, on_end=self._ended) for number, core in enumerate(cores)
+            ]
+            for worker in self._workers:
+                if self._drain_deadline is not None:
+                    worker.drain(self._drain_deadline)
+                worker.start()
+            if self._status == "starting":
+                self._status = "ready"
         self._decided.set()
 
-    def _open_artifact(self) -> Core:
+    def _ended(self) -> None:
+        """A worker is about to end. They only end after a drain, when the door is shut already."""
+        with self._door:
+            self._ended_workers += 1
+            if self._ended_workers == len(self._workers):
+                self._status = "stopped"
+
+    def _open_artifact(self) -> list[Core]:
         settings = self._settings
         runner = Runner(self.artifact, settings)
-        core = Core(
-            runner, self._metrics, max_rows=settings.max_rows, encode_tokens=settings.encode_tokens, clock=self._clock
-        )
+        self._division = division = runner.division
+        self._scores, self._aligns = runner.scores, runner.aligns
+        runners = [runner, *(runner.twin() for _ in range(division.workers - 1))]
+        cores = [
+            Core(each, self._metrics, max_rows=division.rows, encode_tokens=settings.encode_tokens, clock=self._clock)
+            for each in runners
+        ]
+        first = cores[0]
         began = time.monotonic()
-        tests = self_test(runner, core.state, core.batch, core.ladder)
-        warm_up(runner, core.state, core.batch, core.ladder, encode_tokens=settings.encode_tokens)
+        tests = self_test(runner, first.state, first.batch, first.ladder)
+        warm_up(runner, first.state, first.batch, first.ladder, encode_tokens=settings.encode_tokens)
+        state_bytes_limit = sum(core.state.max_nbytes for core in cores)
         self._facts = {
             "provider": runner.variant,
             "precision": runner.precision,
-            "threads": runner.threads,
-            "max_rows": settings.max_rows,
-            "state_bytes_limit": core.state.max_nbytes,
+            "workers": division.workers,
+            "threads": division.threads,
+            "max_rows": division.workers * division.rows,
+            "state_bytes_limit": state_bytes_limit,
             "self_tests": tests,
         }
         log.info(
-            "%s is ready on %s, %s, %d threads: %d sentences of the self-test came out, warm-up took %.1f s; "
-            "the state of %d rows takes %.0f MiB now and %.0f MiB at most",
-            self.artifact.name, runner.variant, runner.precision, runner.threads, tests, time.monotonic() - began,
-            settings.max_rows, core.state.nbytes / 2**20, core.state.max_nbytes / 2**20,
+            "%s is ready on %s, %s, %d workers with %d threads each: %d sentences of the self-test came out, warm-up "
+            "took %.1f s; the state of %d rows takes %.0f MiB now and %.0f MiB at most",
+            self.artifact.name, runner.variant, runner.precision, division.workers, division.threads, tests,
+            time.monotonic() - began, division.workers * division.rows,
+            sum(core.state.nbytes for core in cores) / 2**20, state_bytes_limit / 2**20,
         )  # fmt: skip
-        return core
+        return cores
 
     def _check(self, sequence: Sequence) -> None:
         """What a caller should have seen to itself; it would harm others, so it is asked again."""
         manifest, length = self.artifact.manifest, len(sequence.source_ids)
         if length > manifest.max_source_tokens:
             raise TooLarge(f"the source has {length} tokens, the model takes {manifest.max_source_tokens}")
-        if not length or not 0 <= min(sequence.source_ids) <= max(sequence.source_ids) < manifest.vocab_size:
-            raise ValidationFailed(f"source ids have to be from 0 to {manifest.vocab_size - 1}, one at least")
+        self._check_ids("source", sequence.source_ids)
         if sequence.parameters is not None:
-            limit = manifest.max_target_tokens
-            if not 1 <= sequence.parameters.max_new_tokens <= limit:
-                raise ValidationFailed(f"max_new_tokens has to be from 1 to {limit}")
+            self._check_parameters(sequence.parameters)
+        if not self._scores and sequence.target_ids is not None:
+            raise ValidationFailed(_CANNOT.format("scores"))
+        if sequence.target_ids is not None:
+            if len(sequence.target_ids) > manifest.max_target_tokens:
+                raise TooLarge(
+                    f"the target has {len(sequence.target_ids)} tokens, the model takes {manifest.max_target_tokens}"
+                )
+            self._check_ids("target", sequence.target_ids)
 
+    def _check_parameters(self, parameters: GenerateParameters) -> None:
+        if parameters.return_alignments and not self._aligns:
+            raise ValidationFailed(_CANNOT.format("alignments"))
+        limit = self.artifact.manifest.max_target_tokens
+        if not 1 <= parameters.max_new_tokens <= limit:
+            raise ValidationFailed(f"max_new_tokens has to be from 1 to {limit}")
+        if len(parameters.prefix_ids) >= limit:
+            raise ValidationFailed(f"the prefix has {len(parameters.prefix_ids)} tokens, {limit - 1} are allowed")
+        if parameters.prefix_ids:
+            self._check_ids("prefix", list(parameters.prefix_ids))
+        if not 1 <= parameters.rows <= self.rows_per_sequence:
+            raise ValidationFailed(
+                f"this takes {parameters.rows} rows for one input, {self.rows_per_sequence} are allowed: ask for fewer "
+                "beams or sequences, or serve with more --max-rows"
+            )
+
+    def _check_ids(self, what: str, ids: list[int]) -> None:
+        size = self.artifact.manifest.vocab_size
+        if not ids or not 0 <= min(ids) <= max(ids) < size:
+            raise ValidationFailed(f"{what} ids have to be from 0 to {size - 1}, one at least")
+
+
+_CANNOT = (
+    "this model gives no {}: its artifact was exported without a scorer; whoever runs it can export it again with "
+    "transduce export"
+)
 
 _UNAVAILABLE = {
     "new": "the model is not loaded yet",

@@ -56,13 +56,16 @@ def check_decoder(graph: Graph, manifest: Manifest, path: Path) -> dict[str, np.
     written = {f"next_{tensor.name}" for tensor in manifest.state if tensor.kind != "source"}
     allowed = {"candidate_ids", "candidate_scores", "logits"} | {f"next_{name}" for name in state}
     _expect_names(
-        set(outputs) & allowed, {"candidate_ids", "candidate_scores"} | written, path, "outputs", exactly=False
+        set(outputs) & allowed,
+        {"candidate_ids", "candidate_scores", "logits"} | written,
+        path,
+        "outputs",
+        exactly=False,
     )
     _expect_names(set(outputs), allowed & set(outputs), path, "outputs")
     _expect(outputs["candidate_ids"], _INT, [None, None], path)
     _expect(outputs["candidate_scores"], _FLOAT, [None, None], path)
-    if "logits" in outputs:
-        _expect(outputs["logits"], _FLOAT, [None, manifest.vocab_size], path)
+    _expect(outputs["logits"], _FLOAT, [None, manifest.vocab_size], path)
     for name, tensor in state.items():
         if f"next_{name}" in outputs:
             _expect(outputs[f"next_{name}"], types[name], _sizes(tensor), path)

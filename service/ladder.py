@@ -29,6 +29,11 @@ class Ladder:
             smallest *= 2
         return cls([*rungs, longest])
 
+    @classmethod
+    def of_counts(cls, most: int) -> Ladder:
+        """Powers of two: numbers of which a few more do not matter."""
+        return cls([*(1 << power for power in range(most.bit_length()) if 1 << power < most), most])
+
     @property
     def first(self) -> int:
         """The lowest rung."""

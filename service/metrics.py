@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import threading
 from collections.abc import Iterator
 
 from prometheus_client import (
@@ -46,7 +47,7 @@ _RATIO = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 class Metrics:
-    """The metrics of one model. Everything but the HTTP counters is written by the engine's thread."""
+    """The metrics of one model. Safe to write from several threads: gauges are told changes, not levels."""
 
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         self.registry = registry
@@ -141,21 +142,20 @@ class Metrics:
 
 
 class WeightedHistogram(Collector):
-    """A histogram that takes n equal observations at once: the rows of a step share their latency.
-
-    One thread observes; any other may read.
-    """
+    """A histogram that takes n equal observations at once: the rows of a step share their latency."""
 
     def __init__(self, name: str, text: str, buckets: tuple[float, ...], model_name: str) -> None:
         self._name, self._text, self._model_name = name, text, model_name
         self._bounds = buckets
         self._counts = [0] * (len(buckets) + 1)
         self._sum = 0.0
+        self._lock = threading.Lock()
 
     def observe(self, value: float, times: int) -> None:
         """Count `value` that many times."""
-        self._counts[bisect.bisect_left(self._bounds, value)] += times
-        self._sum += value * times
+        with self._lock:
+            self._counts[bisect.bisect_left(self._bounds, value)] += times
+            self._sum += value * times
 
     def describe(self) -> Iterator[Metric]:
         """The name, for the registry to refuse another of it."""

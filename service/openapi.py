@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service.schemas import EncodeRequest, ErrorResponse, GenerateRequest, StreamEvent
+from service.schemas import EncodeRequest, ErrorResponse, GenerateRequest, ScoreRequest, StreamEvent
 
 DESCRIPTION = """Encoder-decoder transformers on ONNX Runtime, with continuous batching.
 
@@ -30,7 +30,7 @@ _ERRORS: dict[int, tuple[str, str, str]] = {
         "inputs[3] has 700 tokens, the limit is 512; split it, or ask to truncate",
     ),
     422: (
-        "A field is unknown, missing, of the wrong type or out of range.",
+        "A field is unknown, missing, of the wrong type, out of range, or does not go with another.",
         "validation_failed",
         "parameters.max_new_tokens: must be between 1 and 256",
     ),
@@ -53,10 +53,38 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
         "one text": {"inputs": "Where is the train station?"},
         "several texts": {"inputs": ["Good morning!", "It is raining."], "parameters": {"return_scores": True}},
         "a stream": {"inputs": "Where is the train station?", "stream": True},
+        "the three best of five beams": {
+            "inputs": "He is out of his mind.",
+            "parameters": {"num_beams": 5, "num_return_sequences": 3, "return_scores": True},
+        },
+        "sampling with a seed": {
+            "inputs": "He is out of his mind.",
+            "parameters": {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "num_return_sequences": 3, "seed": 7},
+        },
+        "up to a text, and without another": {
+            "inputs": "I came, I saw, I won.",
+            "parameters": {"stop": [","], "suppress": ["gekommen"]},
+        },
+        "alternatives after a prefix": {
+            "inputs": "He is out of his mind.",
+            "parameters": {"prefix": "Er ist", "return_alternatives": True, "num_return_sequences": 3, "num_beams": 2},
+        },
+        "which word from which": {
+            "inputs": "Good morning!",
+            "parameters": {"return_tokens": True, "return_alignments": True},
+        },
     },
     "encode": {
         "one text": {"inputs": "Where is the train station?"},
         "a vector per token": {"inputs": "Good morning!", "pooling": "none", "encoding_format": "base64"},
+    },
+    "score": {
+        "one pair": {"inputs": "Good evening!", "targets": "Guten Abend!"},
+        "several pairs": {
+            "inputs": ["Good evening!", "Good evening!"],
+            "targets": ["Guten Abend!", "Gute Nacht!"],
+            "return_tokens": True,
+        },
     },
 }
 
@@ -72,6 +100,12 @@ _ANSWER_EXAMPLES: dict[str, dict[str, Any]] = {
         "model": "tatoeba-en-de",
         "embeddings": [[0.4082483, 0.8164966, -0.4082483, 0.0]],
         "usage": {"source_tokens": 7},
+    },
+    "score": {
+        "id": "score-0b0d9b7f6c4e4bd5b0f0a3f1f7f6f1c2",
+        "model": "tatoeba-en-de",
+        "outputs": [{"score": -1.4516825}],
+        "usage": {"source_tokens": 5, "target_tokens": 5},
     },
 }
 
@@ -127,7 +161,7 @@ def describe(app: FastAPI) -> None:
     def complete() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = made()
-            unseen = [(model, "validation") for model in (GenerateRequest, EncodeRequest)]
+            unseen = [(model, "validation") for model in (GenerateRequest, EncodeRequest, ScoreRequest)]
             _, request_schemas = models_json_schema(unseen, ref_template=_REFERENCE)  # type: ignore[arg-type]  # list is invariant
             _, event_schemas = models_json_schema([(StreamEvent, "serialization")], ref_template=_REFERENCE)
             schemas = document.setdefault("components", {}).setdefault("schemas", {})

@@ -1,10 +1,36 @@
-"""How many processors this process may use: the smallest of affinity and the container's quota."""
+"""How many processors this process may use, and how the engine's work is divided over them."""
 
 from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+
+from service.settings import Settings
+
+
+_FEWEST_ROWS = 16
+"""Of a worker that nobody asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """So many workers, each with so many threads for a call into ONNX Runtime and so many rows."""
+
+    workers: int
+    threads: int
+    rows: int
+
+    @classmethod
+    def of(cls, settings: Settings, *, on_gpu: bool) -> Self:
+        """By the settings; what they leave open is a worker for each processor, or one where a GPU does the work."""
+        processors = usable_processors()
+        # Many beams need many rows in one worker, so rows are not divided until few are left.
+        by_itself = 1 if on_gpu else min(processors // (settings.threads or 1), settings.max_rows // _FEWEST_ROWS)
+        workers = min(settings.workers or max(1, by_itself), settings.max_rows)
+        return cls(workers, settings.threads or max(1, processors // workers), settings.max_rows // workers)
 
 
 def usable_processors(root: Path = Path("/")) -> int:

@@ -5,13 +5,10 @@ The self-test compares token ids, so it tells whether this machine computes what
 
 from __future__ import annotations
 
-import numpy as np
-
 from service.batch import Batch, pad
 from service.errors import ArtifactError
 from service.ladder import Ladder
 from service.runner import Runner
-from service.search import GREEDY_CANDIDATES, Candidates, greedy
 from service.sequence import GenerateParameters, Sequence
 from service.state import State
 
@@ -33,7 +30,7 @@ def self_test(runner: Runner, state: State, batch: Batch, ladder: Ladder) -> int
 
 
 def warm_up(runner: Runner, state: State, batch: Batch, ladder: Ladder, *, encode_tokens: int) -> None:
-    """Encode a whole budget and then one text of every rung, longest first; then steps of many and of few rows.
+    """Encode a whole budget and then one text of every rung, longest first; score; then steps of many and of few rows.
 
     Allocates what traffic will need, so that the first requests are no slower than the others.
     """
@@ -41,10 +38,14 @@ def warm_up(runner: Runner, state: State, batch: Batch, ladder: Ladder, *, encod
     calls = [(length, 1) for length in ladder.rungs] + [(ladder.last, max(1, encode_tokens // ladder.last))]
     for length, rows in reversed(calls):
         runner.encode(*pad([[eos_id] * length] * rows, length, pad_id))
+    if runner.scores:
+        for length in (ladder.first, ladder.last):
+            target_ids, _ = pad([[eos_id]], ladder.first, pad_id)
+            runner.score(*pad([[eos_id]], length, pad_id), target_ids, alignment=runner.aligns)
     rows = state.max_rows
     while rows:
         _begin(runner, state, batch, ladder, [[eos_id]] * rows, limit=1)
-        runner.step(batch, state, GREEDY_CANDIDATES)
+        runner.step(batch, state, k=1, logits=False)
         _end(state, batch)
         rows //= 2
 
@@ -56,9 +57,9 @@ def _translate(
     eos_id = runner.manifest.special_tokens.eos_id
     while batch.positions[0] < limit:
         state.reserve(target=int(batch.positions[0]) + 1)
-        choice = greedy(Candidates(*runner.step(batch, state, GREEDY_CANDIDATES)))
-        batch.take(choice.ids, choice.log_probabilities)
-        if choice.ids[0] == eos_id:
+        output = runner.step(batch, state, k=1, logits=False)
+        batch.take(output.ids[:, 0], output.log_probabilities[:, 0])
+        if output.ids[0, 0] == eos_id:
             break
     ids, _ = batch.result(0)
     _end(state, batch)
@@ -75,7 +76,7 @@ def _begin(runner: Runner, state: State, batch: Batch, ladder: Ladder, sources: 
 
 
 def _end(state: State, batch: Batch) -> None:
-    batch.keep(np.empty(0, np.int64))
+    batch.clear()
     state.clear()
 
 

@@ -6,6 +6,7 @@ wherever they live; only ids, lengths and candidates cross between host and devi
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from typing import Any, Literal
@@ -13,11 +14,11 @@ from typing import Any, Literal
 import numpy as np
 
 from service.artifact import Artifact, StateTensor, VariantName
-from service.batch import Batch, Ints
+from service.batch import Batch, Ints, StepOutput
 from service.errors import ArtifactError, SettingsError, ValidationFailed
 from service.graphs import check_decoder, check_encoder, check_reorder, check_scorer, products_on
 from service.ladder import Ladder
-from service.processors import usable_processors
+from service.processors import Division
 from service.scoring import Scorer
 from service.sequence import Floats
 from service.settings import Settings
@@ -86,7 +87,7 @@ class Runner:
 
     def __init__(self, artifact: Artifact, settings: Settings) -> None:
         self.variant = choose_variant(settings.provider, artifact)
-        self.threads = settings.threads or usable_processors()
+        self.division = Division.of(settings, on_gpu=self.variant == "cuda")
         self.manifest = artifact.manifest
         self.precision = self.manifest.variants[self.variant].precision
         self._device_id = settings.device_id
@@ -111,15 +112,26 @@ class Runner:
             self._reorder = self._session(artifact, graphs.reorder, settings)
             check_reorder(self._reorder, self.manifest, artifact.graph(graphs.reorder))
         self._written = [output.name for output in self._decoder.get_outputs() if output.name.startswith("next_")]
+        self._begin()
+
+    def twin(self) -> Runner:
+        """Another one on the same sessions, for another thread: what is bound is its own."""
+        twin = copy.copy(self)
+        twin._begin()
+        return twin
+
+    def _begin(self) -> None:
         self._k = np.array(0, np.int64)
         self._candidate_ids: Ints = np.empty(0, np.int64)
         self._candidate_scores: Floats = np.empty(0, np.float32)
+        self._logits: Floats = np.empty((0, self.manifest.vocab_size), np.float32)
         self._into_state = self._encoder.io_binding()  # outputs: state tensors
         self._to_memory = self._encoder.io_binding()  # output: memory
-        self._bindings: dict[tuple[int, int, bool], ort.IOBinding] = {}
+        self._bindings: dict[tuple[int, int, bool, tuple[bool, bool]], ort.IOBinding] = {}
         self._bound_to: tuple[object, ...] = ()
         self._only_fetches = ort.RunOptions()
-        self._only_fetches.only_execute_path_to_fetches = True  # an encoding needs no cross-attention state
+        # An encoding needs no cross-attention state, a translation no memory.
+        self._only_fetches.only_execute_path_to_fetches = True
 
     @property
     def device(self) -> str:
@@ -154,7 +166,7 @@ class Runner:
             if tensor.kind == "source":
                 pointer, shape = state.pointer(tensor.name, state.rows), state.shape(tensor.name, len(ids))
                 binding.bind_output(tensor.name, self.device, self._device_id, dtype.type, shape, pointer)
-        self._encoder.run_with_iobinding(binding)
+        self._encoder.run_with_iobinding(binding, self._only_fetches)
 
     def encode(self, ids: Ints, lengths: Ints) -> Floats:
         """The encoder's memory, (rows, source, embedding_size); padded positions hold nothing of meaning."""
@@ -182,31 +194,33 @@ class Runner:
             )
         return self._scorer.score(source_ids, source_lengths, target_ids, alignment=alignment)
 
-    def step(self, batch: Batch, state: State, k: int) -> tuple[Ints, Floats]:
-        """One decoder step of all running rows: the k best (ids, log-probabilities), each (rows, k), best first.
+    def step(self, batch: Batch, state: State, k: int, logits: bool) -> StepOutput:
+        """One decoder step of all running rows: the k best candidates, and all logits if they are wanted.
 
         The results are views of buffers that the next step overwrites.
         """
-        rows = batch.rows
+        rows, most = batch.rows, len(batch.last_ids)
         generation, swapped = state.layout
-        if self._bound_to != (batch, state, generation) or len(self._candidate_ids) < k * len(batch.last_ids):
+        if self._bound_to != (batch, state, generation) or len(self._candidate_ids) < k * most:
             self._bindings.clear()
             self._bound_to = (batch, state, generation)
-            self._candidate_ids = np.empty(k * len(batch.last_ids), np.int64)
-            self._candidate_scores = np.empty(k * len(batch.last_ids), np.float32)
-        key = (rows, k, swapped)
+            self._candidate_ids = np.empty(k * most, np.int64)
+            self._candidate_scores = np.empty(k * most, np.float32)
+        if logits and len(self._logits) < most:
+            self._logits = np.empty((most, self.manifest.vocab_size), np.float32)
+        key = (rows, k, logits, swapped)
         binding = self._bindings.get(key)
         if binding is None:
-            binding = self._bindings[key] = self._bind_step(batch, state, k)
+            binding = self._bindings[key] = self._bind_step(batch, state, k, logits)
         elif self.variant != "cpu":
             self._bind_host_inputs(binding, batch)  # a device takes its copy when it is bound
         self._k[...] = k
         self._decoder.run_with_iobinding(binding)
         ids, scores = self._candidate_ids[: rows * k], self._candidate_scores[: rows * k]
-        return ids.reshape(rows, k), scores.reshape(rows, k)
+        return StepOutput(ids.reshape(rows, k), scores.reshape(rows, k), self._logits[:rows] if logits else None)
 
-    def gather(self, state: State, rows_from: Ints) -> None:
-        """Write row `rows_from[i]` of every tensor to row i of its spare block, on the device."""
+    def gather(self, state: State, rows_from: Ints, names: list[str]) -> None:
+        """Write row `rows_from[i]` of these tensors to row i of their spare blocks, on the device."""
         assert self._reorder is not None
         binding = self._reorder.io_binding()
         rows_from = np.ascontiguousarray(rows_from)
@@ -218,16 +232,17 @@ class Runner:
                 state.shape(name, len(rows_from)),
             )
             binding.bind_input(name, self.device, self._device_id, element, before, state.pointer(name))
-            spare = state.spare_pointer(name)
-            binding.bind_output(f"next_{name}", self.device, self._device_id, element, after, spare)
-        self._reorder.run_with_iobinding(binding)
+            if name in names:
+                spare = state.spare_pointer(name)
+                binding.bind_output(f"next_{name}", self.device, self._device_id, element, after, spare)
+        self._reorder.run_with_iobinding(binding, self._only_fetches)
 
     def _bind_sources(self, binding: ort.IOBinding, ids: Ints, lengths: Ints, capacity: int) -> None:
         binding.bind_cpu_input("source_ids", ids)
         binding.bind_cpu_input("source_lengths", lengths)
         binding.bind_cpu_input("source_capacity", np.array(capacity, np.int64))
 
-    def _bind_step(self, batch: Batch, state: State, k: int) -> ort.IOBinding:
+    def _bind_step(self, batch: Batch, state: State, k: int, logits: bool) -> ort.IOBinding:
         binding, rows = self._decoder.io_binding(), batch.rows
         self._k[...] = k
         binding.bind_input("k", "cpu", 0, np.int64, (), self._k.ctypes.data)
@@ -235,6 +250,9 @@ class Runner:
         ids, scores = self._candidate_ids.ctypes.data, self._candidate_scores.ctypes.data
         binding.bind_output("candidate_ids", "cpu", 0, np.int64, (rows, k), ids)
         binding.bind_output("candidate_scores", "cpu", 0, np.float32, (rows, k), scores)
+        if logits:
+            shape = (rows, self.manifest.vocab_size)
+            binding.bind_output("logits", "cpu", 0, np.float32, shape, self._logits.ctypes.data)
         for name in state.names:
             place = (self.device, self._device_id, state.dtype(name).type, state.shape(name, rows), state.pointer(name))
             binding.bind_input(name, *place)
@@ -252,7 +270,7 @@ class Runner:
 
     def _session(self, artifact: Artifact, graph: str, settings: Settings) -> ort.InferenceSession:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        options.intra_op_num_threads = self.division.threads
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3

@@ -1,13 +1,15 @@
 """The scheduler decides who waits, who is worked on and who has to leave. Pure: no I/O, no clock of its own.
 
-Policy. First in, first out. Between two decoder steps newcomers are encoded up to a budget of padded source tokens, so
-the running rows wait for at most one budget of encoding per token, and newcomers get in at every step: neither
-starves. At least one is always admitted if there is room, however long it is. A newcomer's cost is the rung of its own
-length, because that is the length to which it is padded, whoever comes with it.
+Policy. First in, first out. Between two decoder steps newcomers are encoded up to a budget of source tokens, so the
+running rows wait for at most one budget of encoding per token, and newcomers get in at every step: neither starves. At
+least one is always admitted if there is room, however long it is. A newcomer's cost is its own length, whoever comes
+with it: the encoder computes tokens, and only its attention, a small part for short texts, works on padded rows. So
+lengths that share an encoder call are those within a factor of two.
 
-An encoding needs no row. So there are two lines, and when all rows are taken encodings pass those who wait for a row:
-they delay them by nothing, since a row that becomes free goes to the oldest in line, before younger encodings spend the
-budget.
+A sequence that searches has as many rows set aside from the beginning as it may come to need, so it never has to wait
+half-way. Encodings and scores need no row. So there are two lines, and when all rows are taken those without pass
+those who wait for rows: they delay them by nothing, since a row that becomes free goes to the oldest in line, before
+younger ones without rows spend the budget.
 """
 
 from __future__ import annotations
@@ -20,13 +22,19 @@ from dataclasses import dataclass
 from service.ladder import Ladder
 from service.sequence import Kind, Sequence, Stage
 
+_SHORT = 16
+"""Sources up to this length share a call, however short."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Group:
-    """Newcomers that one encoder call takes: of one kind, padded to one length."""
+    """Newcomers that one encoder call takes: of one kind, of similar lengths, and one length of their targets."""
 
     kind: Kind
     length: int
+    """To which they are padded: the rung of the longest of them."""
+    target_length: int
+    """Of kind score; else 0."""
     sequences: list[Sequence]
 
     @property
@@ -38,18 +46,20 @@ class Group:
 class Scheduler:
     """The lines and the rows, as numbers."""
 
-    def __init__(self, *, max_rows: int, encode_tokens: int, ladder: Ladder) -> None:
+    def __init__(self, *, max_rows: int, encode_tokens: int, source: Ladder, target: Ladder) -> None:
         self.max_rows = max_rows
         self.encode_tokens = encode_tokens
-        self.ladder = ladder
-        self.rows_in_use = 0
+        self._source = source
+        self._target = target
+        self._similar = Ladder.of_capacities(source.last, smallest=_SHORT)
+        self.rows_set_aside = 0
         self.added = 0
         """Sequences ever added."""
         self.left_line = 0
         """Sequences that do not wait any more. One number, so that another thread may read it."""
         self.finished = 0
         """Sequences that left, from the line or from their rows."""
-        self._lines: dict[Kind, OrderedDict[Sequence, int]] = {"generate": OrderedDict(), "encode": OrderedDict()}
+        self._lines: dict[bool, OrderedDict[Sequence, int]] = {True: OrderedDict(), False: OrderedDict()}  # needs rows?
         self._running: set[Sequence] = set()
         self._next_deadline = math.inf  # no waiting sequence has an earlier one
 
@@ -65,8 +75,8 @@ class Scheduler:
 
     @property
     def rows_free(self) -> int:
-        """Rows that nobody holds."""
-        return self.max_rows - self.rows_in_use
+        """Rows that are set aside for nobody."""
+        return self.max_rows - self.rows_set_aside
 
     @property
     def idle(self) -> bool:
@@ -78,7 +88,7 @@ class Scheduler:
         for sequence in sequences:
             assert sequence.rows <= self.max_rows
             sequence.stage = Stage.WAITING
-            self._lines[sequence.kind][sequence] = self.added
+            self._lines[sequence.rows > 0][sequence] = self.added
             self.added += 1
             if sequence.deadline is not None:
                 self._next_deadline = min(self._next_deadline, sequence.deadline)
@@ -93,19 +103,22 @@ class Scheduler:
 
     def admit(self) -> list[Group]:
         """Take from the line what fits into the free rows and the budget. They are running from now on."""
-        groups: dict[tuple[Kind, int], Group] = {}
+        groups: dict[tuple[Kind, int, int], Group] = {}
         spent = 0
         while (sequence := self._oldest_that_fits()) is not None:
-            length = self.ladder.rung(len(sequence.source_ids))
-            if spent and spent + length > self.encode_tokens:
+            length = len(sequence.source_ids)
+            target_length = 0 if sequence.target_ids is None else self._target.rung(len(sequence.target_ids))
+            if spent and spent + length + target_length > self.encode_tokens:
                 break
-            spent += length
+            spent += length + target_length
             self._leave_line(sequence)
             sequence.stage = Stage.RUNNING
             self._running.add(sequence)
-            self.rows_in_use += sequence.rows
-            key = (sequence.kind, length)
-            groups.setdefault(key, Group(*key, sequences=[])).sequences.append(sequence)
+            self.rows_set_aside += sequence.rows
+            key = (sequence.kind, self._similar.rung(length), target_length)
+            group = groups.setdefault(key, Group(sequence.kind, 0, target_length, []))
+            group.sequences.append(sequence)
+            group.length = max(group.length, self._source.rung(length))
         return list(groups.values())
 
     def finish(self, sequence: Sequence) -> None:
@@ -114,7 +127,7 @@ class Scheduler:
             self._leave_line(sequence)
         else:
             self._running.remove(sequence)
-            self.rows_in_use -= sequence.rows
+            self.rows_set_aside -= sequence.rows
         sequence.stage = Stage.DONE
         self.finished += 1
 
@@ -129,9 +142,9 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises RuntimeError with the numbers if the books do not balance."""
         rows = sum(sequence.rows for sequence in self._running)
-        if rows != self.rows_in_use or self.rows_in_use + self.rows_free != self.max_rows or self.rows_free < 0:
+        if rows != self.rows_set_aside or self.rows_set_aside + self.rows_free != self.max_rows or self.rows_free < 0:
             raise RuntimeError(
-                f"running sequences hold {rows} rows, the books say {self.rows_in_use} of {self.max_rows}"
+                f"{rows} rows are set aside for those that run, the books say {self.rows_set_aside} of {self.max_rows}"
             )
         if self.added != self.waiting + self.running + self.finished or self.left_line != self.added - self.waiting:
             raise RuntimeError(
@@ -140,7 +153,7 @@ class Scheduler:
             )
 
     def _leave_line(self, sequence: Sequence) -> None:
-        del self._lines[sequence.kind][sequence]
+        del self._lines[sequence.rows > 0][sequence]
         self.left_line += 1
 
     def _oldest_that_fits(self) -> Sequence | None:
@@ -149,4 +162,6 @@ class Scheduler:
         return min(heads, default=(0, None), key=lambda entry: entry[0])[1]
 
     def __repr__(self) -> str:
-        return f"<Scheduler {self.running} running, {self.waiting} waiting, {self.rows_in_use} of {self.max_rows} rows>"
+        return (
+            f"<Scheduler {self.running} running, {self.waiting} waiting, {self.rows_set_aside} of {self.max_rows} rows>"
+        )

@@ -2,13 +2,15 @@
 
 Everything is strict (no "5" for 5) and closed (an unknown field is refused, so that a misspelt one is not ignored).
 These classes know no model: limits that depend on one (longest source, most new tokens) are checked elsewhere.
+`service.parameters` has the parameters of a generation.
 """
 
 from typing import Annotated, Any, Literal
 
-import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
+
+from service.parameters import Closed, Parameters
 
 
 def _texts(value: Any) -> list[str]:
@@ -36,80 +38,8 @@ Inputs = Annotated[
 ]
 
 
-def _within(low: float, high: float) -> BeforeValidator:
-    """A check that names the whole range, where pydantic's own names one end of it."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and not low <= value <= high:
-            bounds = {"low": f"{low:g}", "high": f"{high:g}"}
-            raise PydanticCustomError("range", "must be between {low} and {high}", bounds)
-        return value
-
-    return BeforeValidator(check, json_schema_input_type=Annotated[float, Field(ge=low, le=high)])
-
-
-def _greedy(allowed: Any, meaning: str) -> Any:
-    """The field of a parameter for which greedy decoding has one value; `_greedy_only` refuses the others."""
-    text = f"{meaning} This version decodes greedily: only {orjson.dumps(allowed).decode()}."
-    return Field(default=allowed, description=text, json_schema_extra={"const": allowed})
-
-
-class Closed(BaseModel):
-    """A JSON object with known fields only."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Parameters(Closed):
-    """How to generate. The names have the meaning that they have in Hugging Face transformers."""
-
-    max_new_tokens: int | None = Field(
-        default=None,
-        description="Most tokens to generate, end token included: from 1 to the model's limit, which is the default.",
-    )
-    length_penalty: Annotated[float, _within(-10, 10)] = Field(
-        default=1.0, description="`score` is divided by (number of tokens) ** length_penalty; 0 gives the plain sum."
-    )
-    return_scores: bool = Field(default=False, description="Give each sequence its `score`.")
-    return_tokens: bool = Field(
-        default=False, description="Give each sequence its tokens with their log-probabilities."
-    )
-    truncate: bool = Field(
-        default=False, description="Cut a source that is longer than the model takes, instead of refusing it."
-    )
-    timeout: Annotated[float, _within(0.001, 86_400)] | None = Field(
-        default=None,
-        description="Seconds. Runs out while generating: what there is, with finish_reason `timeout`. In line: 504.",
-    )
-    num_beams: int = _greedy(1, "Number of beams.")
-    num_return_sequences: int = _greedy(1, "Sequences per input.")
-    early_stopping: bool = _greedy(False, "When a beam search may stop.")
-    do_sample: bool = _greedy(False, "Sample instead of taking the likeliest token.")
-    temperature: float = _greedy(1.0, "Of sampling.")
-    top_k: int = _greedy(0, "Of sampling.")
-    top_p: float = _greedy(1.0, "Of sampling.")
-    repetition_penalty: float = _greedy(1.0, "Makes what was said less likely.")
-    no_repeat_ngram_size: int = _greedy(0, "N-grams of this size occur once.")
-    min_new_tokens: int = _greedy(0, "Least tokens to generate.")
-    stop: list[str] = _greedy([], "Strings that end a sequence.")
-    suppress: list[str] = _greedy([], "Strings that are never generated.")
-    prefix: str = _greedy("", "How the answer begins.")
-    return_alternatives: bool = _greedy(False, "Other words at each place.")
-    return_alignments: bool = _greedy(False, "Which source tokens each token came from.")
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _greedy_only(cls, value: Any, info: ValidationInfo) -> Any:
-        """A parameter that cannot be honoured yet is refused and named, never ignored; null means left out."""
-        field = cls.model_fields[str(info.field_name)]
-        extra = field.json_schema_extra
-        if not isinstance(extra, dict) or "const" not in extra:
-            return field.default if value is None else value
-        allowed = extra["const"]
-        if value is None or (value == allowed and isinstance(value, bool) == isinstance(allowed, bool)):
-            return allowed
-        spelling = {"allowed": orjson.dumps(allowed).decode()}
-        raise PydanticCustomError("unsupported", "must be {allowed}: this version decodes greedily", spelling)
+_DEFAULTS = Parameters()
+"""One for all: a default value, unlike what a factory gives, would be copied for each request."""
 
 
 class GenerateRequest(Closed):
@@ -118,7 +48,7 @@ class GenerateRequest(Closed):
     inputs: Inputs
     model: str | None = Field(default=None, description="Name of the model, as GET /v1/models lists it.")
     stream: bool = Field(default=False, description="Answer as server-sent events, while the text is being generated.")
-    parameters: Parameters = Parameters()
+    parameters: Parameters = Field(default_factory=lambda: _DEFAULTS)
 
 
 class EncodeRequest(Closed):
@@ -138,11 +68,46 @@ class EncodeRequest(Closed):
     )
 
 
-class Token(BaseModel):
-    """One generated token; joined, the texts of a sequence's tokens are its text."""
+class ScoreRequest(Closed):
+    """The body of POST /v1/score."""
+
+    inputs: Inputs
+    targets: Inputs = Field(
+        description="The text to score for each input: as many as there are inputs, in their order."
+    )
+    model: str | None = Field(default=None, description="Name of the model, as GET /v1/models lists it.")
+    return_tokens: bool = Field(default=False, description="Give each target's tokens with their log-probabilities.")
+    truncate: bool = Field(
+        default=False,
+        description="Cut an input that is longer than the model takes, instead of refusing it. A target is never cut.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs(cls, body: Any) -> Any:
+        """A text and a list do not go together, nor do lists of different lengths: pairs are not guessed."""
+        if not isinstance(body, dict):
+            return body
+        inputs, targets = body.get("inputs"), body.get("targets")
+        if {type(inputs), type(targets)} == {str, list}:
+            raise PydanticCustomError("pairs", "inputs and targets must both be a string, or both be lists")
+        if isinstance(inputs, list) and isinstance(targets, list) and len(inputs) != len(targets):
+            numbers = {"inputs": len(inputs), "targets": len(targets)}
+            sentence = "inputs and targets must be as many as each other: there are {inputs} inputs, {targets} targets"
+            raise PydanticCustomError("pairs", sentence, numbers)
+        return body
+
+
+class SourceToken(BaseModel):
+    """One token of a text; joined, the texts of its tokens are the text."""
 
     id: int
     text: str
+
+
+class Token(SourceToken):
+    """One generated or scored token."""
+
     logprob: float
 
 
@@ -153,7 +118,13 @@ class GeneratedSequence(BaseModel):
     finish_reason: Literal["stop", "length", "timeout"]
     score: float | None = Field(default=None, description="Present with `return_scores`.")
     tokens: list[Token] | None = Field(
-        default=None, description="Present with `return_tokens`; the end token is the last one."
+        default=None,
+        description="Present with `return_tokens`: those after the prefix, the end token included. Their joined texts "
+        "hold the stop string that ended the sequence, which its `text` does not.",
+    )
+    alignment: list[list[float]] | None = Field(
+        default=None,
+        description="Present with `return_alignments`: a row per token of `tokens`, a column per source token.",
     )
 
 
@@ -161,6 +132,9 @@ class Output(BaseModel):
     """The answers to one input, the best first."""
 
     sequences: list[GeneratedSequence]
+    source_tokens: list[SourceToken] | None = Field(
+        default=None, description="Present with `return_alignments`: what the columns of `alignment` stand for."
+    )
 
 
 class SourceUsage(BaseModel):
@@ -185,16 +159,18 @@ class GenerateResponse(BaseModel):
 
 
 class StreamEvent(BaseModel):
-    """One `data:` line of a stream; the last of each input has its finish reason and usage."""
+    """One `data:` line of a stream; the last of each sequence has its finish reason, usage, and what else was asked."""
 
     id: str
-    index: int
-    sequence: int
-    text: str
+    index: int = Field(description="Which input.")
+    sequence: int = Field(description="Which of its sequences, 0 the best.")
+    text: str = Field(description="What became certain since the last event of this sequence.")
     finish_reason: Literal["stop", "length", "timeout"] | None
     score: float | None = None
     tokens: list[Token] | None = None
-    usage: Usage | None = None
+    alignment: list[list[float]] | None = None
+    source_tokens: list[SourceToken] | None = None
+    usage: Usage | None = Field(default=None, description="Of this sequence alone, with its whole input.")
 
 
 class EncodeResponse(BaseModel):
@@ -204,6 +180,28 @@ class EncodeResponse(BaseModel):
     model: str
     embeddings: list[list[float]] | list[list[list[float]]] | list[str]
     usage: SourceUsage
+
+
+class Score(BaseModel):
+    """How probable one target is."""
+
+    score: float = Field(description="The sum of the log-probabilities of its tokens, the end token included.")
+    tokens: list[Token] | None = Field(default=None, description="Present with `return_tokens`.")
+
+
+class ScoreUsage(SourceUsage):
+    """What was read, in tokens, end tokens included."""
+
+    target_tokens: int
+
+
+class ScoreResponse(BaseModel):
+    """The answer of POST /v1/score: one output per pair, in order."""
+
+    id: str
+    model: str
+    outputs: list[Score]
+    usage: ScoreUsage
 
 
 class ModelCard(BaseModel):

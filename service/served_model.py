@@ -11,10 +11,13 @@ from prometheus_client import CollectorRegistry
 
 from service.artifact import Artifact
 from service.call import SubmitsSequences
+from service.controls import Limits, controls
 from service.engine import Engine, Status
 from service.errors import ArtifactError, NotFound, TooLarge, Unavailable, ValidationFailed
 from service.metrics import Metrics
+from service.parameters import Parameters
 from service.schemas import ModelCard
+from service.sequence import GenerateParameters
 from service.settings import DEFAULT_MODEL, Settings
 from service.tokenizer import Tokenizer
 
@@ -52,6 +55,10 @@ class ModelEngine(SubmitsSequences, Protocol):
     @property
     def status(self) -> Status:
         """Where it is in its life."""
+
+    @property
+    def rows_per_sequence(self) -> int:
+        """Rows that one input may take at most."""
 
     def start(self) -> None:
         """Start the thread; returns at once."""
@@ -98,12 +105,20 @@ class ServedModel:
         if count > limit:
             raise TooLarge(f"{count:,} inputs in one call, the limit is {limit:,}; split them over several calls")
 
-    def max_new_tokens(self, wanted: int | None) -> int:
-        """How many tokens to generate at most: what was asked, or the model's limit; ValidationFailed above that."""
-        limit = self.artifact.manifest.max_target_tokens
-        if wanted is not None and not 1 <= wanted <= limit:
-            raise ValidationFailed(f"parameters.max_new_tokens: must be between 1 and {limit}")
-        return limit if wanted is None else wanted
+    def generate_parameters(self, asked: Parameters, path: str = "parameters.") -> GenerateParameters:
+        """The engine's parameters; ValidationFailed for what does not fit together, or not this model and server.
+
+        `path` is what a refusal writes before the name of a field.
+        """
+        manifest = self.artifact.manifest
+        limits = Limits(max_target_tokens=manifest.max_target_tokens, max_rows=self.engine.rows_per_sequence)
+        if len(asked.prefix) > self._longest_token * manifest.max_target_tokens:
+            raise ValidationFailed(
+                f"{path}prefix: has {len(asked.prefix):,} characters, "
+                f"more than the model's {manifest.max_target_tokens} target tokens can spell"
+            )
+        prefix_ids = self.tokenizer.encode(asked.prefix)[:-1] if asked.prefix else []
+        return controls(asked, prefix_ids, self.tokenizer.vocabulary, limits, path)
 
     def deadline(self, timeout: float | None) -> float | None:
         """The moment, on the engine's clock, at which a request that starts now has had its seconds."""
@@ -112,43 +127,49 @@ class ServedModel:
 
     async def source_ids(self, texts: dict[int, str], *, truncate: bool) -> dict[int, list[int]]:
         """Token ids by index of input, end token included; one too long is cut or, with TooLarge, refuses the call."""
+        return await self._ids(texts, "inputs", self.artifact.manifest.max_source_tokens, truncate)
+
+    async def target_ids(self, texts: dict[int, str]) -> dict[int, list[int]]:
+        """The same of targets, which are never cut."""
+        return await self._ids(texts, "targets", self.artifact.manifest.max_target_tokens, truncate=False)
+
+    def source_ids_of(self, text: str, place: str, *, truncate: bool) -> list[int]:
+        """The same for one source by itself, without an event loop; `place` is what a refusal calls it."""
+        limit = self.artifact.manifest.max_source_tokens
+        if not truncate:
+            self._refuse_if_surely_too_long(text, place, limit)
+        return self._fit(self.tokenizer.encode(self._beginning(text, limit)), truncate, place, limit)
+
+    async def _ids(self, texts: dict[int, str], name: str, limit: int, truncate: bool) -> dict[int, list[int]]:
         if not truncate:
             for index, text in texts.items():
-                self._refuse_if_surely_too_long(text, f"inputs[{index}]")
-        sources: dict[int, list[int]] = {}
+                self._refuse_if_surely_too_long(text, f"{name}[{index}]", limit)
+        found: dict[int, list[int]] = {}
         items = list(texts.items())
         for start in range(0, len(items), _TEXTS_PER_TURN):
             turn = items[start : start + _TEXTS_PER_TURN]
-            beginnings = [text[: self._longest_prefix] for _, text in turn]
+            beginnings = [self._beginning(text, limit) for _, text in turn]
             if sum(map(len, beginnings)) < _INLINE_CHARACTERS:
-                found = self.tokenizer.encode_batch(beginnings)
+                encoded = self.tokenizer.encode_batch(beginnings)
             else:
-                found = await asyncio.to_thread(self.tokenizer.encode_batch, beginnings)
-            for (index, _), ids in zip(turn, found, strict=True):
-                sources[index] = self._fit(ids, truncate, f"inputs[{index}]")
-        return sources
+                encoded = await asyncio.to_thread(self.tokenizer.encode_batch, beginnings)
+            for (index, _), ids in zip(turn, encoded, strict=True):
+                found[index] = self._fit(ids, truncate, f"{name}[{index}]", limit)
+        return found
 
-    def source_ids_of(self, text: str, place: str, *, truncate: bool) -> list[int]:
-        """The same for one text by itself, without an event loop; `place` is what a refusal calls it."""
-        if not truncate:
-            self._refuse_if_surely_too_long(text, place)
-        return self._fit(self.tokenizer.encode(text[: self._longest_prefix]), truncate, place)
-
-    def _fit(self, ids: list[int], truncate: bool, place: str) -> list[int]:
-        limit = self.artifact.manifest.max_source_tokens
+    def _fit(self, ids: list[int], truncate: bool, place: str, limit: int) -> list[int]:
         if len(ids) <= limit:
             return ids
         if truncate:
             return [*ids[: limit - 1], self.tokenizer.eos_id]
-        raise TooLarge(f"{place} has {len(ids):,} tokens, the limit is {limit}; split it, or ask to truncate")
+        raise TooLarge(f"{place} has {len(ids):,} tokens, the limit is {limit}; {_remedy(place)}")
 
-    def _refuse_if_surely_too_long(self, text: str, place: str) -> None:
+    def _refuse_if_surely_too_long(self, text: str, place: str, limit: int) -> None:
         """No token spells more than so many characters, so a very long text is refused without being tokenised."""
-        limit = self.artifact.manifest.max_source_tokens
         if len(text) > self._longest_token * limit:
             raise TooLarge(
                 f"{place} has {len(text):,} characters, at least {len(text) // self._longest_token:,} tokens, "
-                f"the limit is {limit} tokens; split it, or ask to truncate"
+                f"the limit is {limit} tokens; {_remedy(place)}"
             )
 
     @cached_property
@@ -156,10 +177,9 @@ class ServedModel:
         vocab_size = self.artifact.manifest.vocab_size
         return max(1, *(len(self.tokenizer.token(id)) for id in range(vocab_size)))
 
-    @property
-    def _longest_prefix(self) -> int:
-        """Characters that can matter when a text is cut to the limit; twice that, so that no word is cut early."""
-        return 2 * self._longest_token * self.artifact.manifest.max_source_tokens
+    def _beginning(self, text: str, limit: int) -> str:
+        """What can matter when a text is cut to the limit; twice that, so that no word is cut early."""
+        return text[: 2 * self._longest_token * limit]
 
     def card(self) -> ModelCard:
         """What GET /v1/models tells of it."""
@@ -178,6 +198,10 @@ class ServedModel:
             parity=manifest.parity,
             engine=_facts(self.engine),
         )
+
+
+def _remedy(place: str) -> str:
+    return "split the pair" if place.startswith("targets") else "split it, or ask to truncate"
 
 
 def _facts(engine: ModelEngine) -> dict[str, Any]:

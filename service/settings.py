@@ -54,10 +54,18 @@ class Settings:
         metadata=_manual("ONNX Runtime execution provider; auto takes cuda where it can be had."),
     )
     device_id: int = field(default=0, metadata=_manual("CUDA device to use.", low=0))
+    workers: int = field(
+        default=0,
+        metadata=_manual(
+            "Engine threads, each with rows of its own; 0 is one for each processor, or one on a GPU.",
+            low=0,
+            high=1024,
+        ),
+    )
     threads: int = field(
         default=0,
         metadata=_manual(
-            "Threads of one ONNX Runtime call; 0 is the container's CPU limit.",
+            "Threads of one ONNX Runtime call; 0 divides the processors among the workers.",
             low=0,
             high=1024,
         ),
@@ -70,7 +78,7 @@ class Settings:
     )
     max_rows: int = field(
         default=64,
-        metadata=_manual("Rows that run in one decoder step at most.", low=1, high=4096),
+        metadata=_manual("Rows that are decoded at once at most, divided among the workers.", low=1, high=4096),
     )
     max_queue: int = field(
         default=4096,
@@ -87,7 +95,7 @@ class Settings:
     encode_tokens: int = field(
         default=1024,
         metadata=_manual(
-            "Padded source tokens encoded between two decoder steps at most (one input at least).",
+            "Source tokens encoded between two decoder steps at most (one input at least).",
             low=1,
         ),
     )

@@ -11,7 +11,7 @@ moves leave it behind. This module knows nothing of attention, of ONNX Runtime, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -75,8 +75,8 @@ class _Buffer:
 class State:
     """The state of all running rows.
 
-    `gather(state, rows_from)` moves rows where the host cannot: it reads each tensor's `pointer` and writes its
-    `spare_pointer`. Without it rows are moved in place, by numpy.
+    `gather(state, rows_from, names)` moves rows of these tensors where the host cannot: it reads each one's `pointer`
+    and writes its `spare_pointer`. Without it rows are moved in place, by numpy.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class State:
         source: Ladder,
         target: Ladder,
         allocate: Allocate = HostBlock,
-        gather: Callable[[State, Rows], None] | None = None,
+        gather: Callable[[State, Rows, list[str]], None] | None = None,
     ) -> None:
         self.max_rows = max_rows
         self.rows = 0
@@ -98,7 +98,7 @@ class State:
         self._allocate = allocate
         self._gather = gather
         self._generation = 0
-        self._swapped = False
+        self._swapped = (False, False)  # of tensors of kind source, of the others
         self._buffers: dict[str, _Buffer] = {}
         for tensor, dtype in tensors:
             row_shape = _row_shape(tensor, self._capacity)
@@ -117,7 +117,7 @@ class State:
         return self._capacity["target_capacity"]
 
     @property
-    def layout(self) -> tuple[int, bool]:
+    def layout(self) -> tuple[int, tuple[bool, bool]]:
         """Equal as long as every pointer and shape is; what was bound under another layout is stale."""
         return self._generation, self._swapped
 
@@ -188,16 +188,20 @@ class State:
                 buffer.block.write(contents)
         self.rows += count
 
-    def keep(self, rows_from: Rows, *, source: int, target: int) -> None:
-        """Row i becomes what row `rows_from[i]` was, and only these rows stay in use.
+    def rearrange(self, rows_from: Rows, *, strangers: Set[int], source: int, target: int) -> None:
+        """Row i becomes what row `rows_from[i]` was, and these rows are in use from now on.
 
-        `source` and `target` say how long the rows that move are at most; positions beyond need not be moved.
+        No row that is written may be named for another place. Tensors of kind source are moved only to the rows in
+        `strangers`: the others hold the same source already. `source` and `target` say how long the rows that move are
+        at most; positions beyond need not be moved.
         """
+        if len(rows_from) > self.max_rows:
+            raise ValueError(f"{len(rows_from)} rows are above {self.max_rows}")
         moves = [(new, old) for new, old in enumerate(rows_from.tolist()) if new != old]
         if moves and self._gather is not None:
-            self._swap(rows_from)
+            self._swap(rows_from, with_sources=bool(strangers))
         elif moves:
-            self._move(moves, {"source_capacity": source, "target_capacity": target})
+            self._move(moves, strangers, {"source_capacity": source, "target_capacity": target})
         self.rows = len(rows_from)
 
     def clear(self) -> None:
@@ -217,19 +221,15 @@ class State:
             buffer.row_shape = _row_shape(buffer.tensor, self._capacity)
             buffer.block = self._allocate((self.max_rows, *buffer.row_shape), buffer.dtype)
 
-    def _move(self, moves: list[tuple[int, int]], used: dict[str, int]) -> None:
-        """Copy rows on the host, up to the length in use. Gaps are filled one by one: twice as fast as in one call."""
-        overlapping = not {new for new, _ in moves}.isdisjoint(old for _, old in moves)
+    def _move(self, moves: list[tuple[int, int]], strangers: Set[int], used: dict[str, int]) -> None:
+        """Copy rows on the host, up to the length in use. One by one: twice as fast as in one call."""
+        foreign = [(new, old) for new, old in moves if new in strangers]
         for buffer in self._buffers.values():
             contents, axis = buffer.block.read(), buffer.tensor.capacity_axis
             if axis is not None:
                 contents = contents[(slice(None),) * axis + (slice(used[str(buffer.tensor.shape[axis])]),)]
-            if overlapping:
-                new, old = map(list, zip(*moves, strict=True))
-                contents[new] = contents[old]  # the right side is a copy, so any mapping is right
-            else:
-                for target, origin in moves:
-                    contents[target] = contents[origin]
+            for new, old in foreign if buffer.tensor.kind == "source" else moves:
+                contents[new] = contents[old]
 
     def _grow(self, symbol: str, capacity: int) -> None:
         self.growths += self.rows > 0
@@ -247,16 +247,20 @@ class State:
                 contents[tuple(map(slice, former.shape))] = former
                 buffer.block.write(contents)
 
-    def _swap(self, rows_from: Rows) -> None:
+    def _swap(self, rows_from: Rows, *, with_sources: bool) -> None:
         assert self._gather is not None
-        for buffer in self._buffers.values():
+        buffers = {
+            name: buffer for name, buffer in self._buffers.items() if with_sources or buffer.tensor.kind != "source"
+        }
+        for buffer in buffers.values():
             if buffer.spare is None:
                 buffer.spare = self._allocate((self.max_rows, *buffer.row_shape), buffer.dtype)
-        self._gather(self, rows_from)
-        for buffer in self._buffers.values():
+        self._gather(self, rows_from, list(buffers))
+        for buffer in buffers.values():
             assert buffer.spare is not None
             buffer.block, buffer.spare = buffer.spare, buffer.block
-        self._swapped = not self._swapped
+        sources, others = self._swapped
+        self._swapped = (sources != with_sources, not others)
 
     def __repr__(self) -> str:
         return (

@@ -1,7 +1,8 @@
 """Server-sent events: the answer of POST /v1/generate while it is being made.
 
-Each input has its own detokeniser, so that an event never holds half a character, and the texts of an input's events,
-joined, are the text it would have got without a stream. A client that reads slowly gets fewer and longer events.
+Each result of an input has its own detokenizer, so that an event never holds half a character, and the texts of a
+result's events, joined, are the text it would have got without a stream. A client that reads slowly gets fewer and
+longer events.
 """
 
 import asyncio
@@ -9,17 +10,17 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any, Self
 
-import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service import answer
 from service.call import Call, EngineRefusal
+from service.detokenizer import Pieces
 from service.errors import TransduceError
-from service.generation import Generation
+from service.generation import NOTHING, Generation
 from service.problem import problem
-from service.sequence import Event, Failed, Finished, Token
+from service.sequence import Event, Failed, Finished, Result, Token
 
 logger = logging.getLogger("transduce.http")
 
@@ -42,7 +43,7 @@ class EventStream(Response):
         self._call = call
         self._first = first
         self._request_id = request_id
-        self._detokenizers = {index: generation.model.tokenizer.detokenizer() for index in generation.sources}
+        self._pieces: dict[tuple[int, int], Pieces] = {}
 
     @classmethod
     async def begin(cls, generation: Generation, call: Call, request: Request) -> Self:
@@ -86,7 +87,7 @@ class EventStream(Response):
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         """The events, several in one chunk if several had come."""
-        blank = [self._event(index, "", "stop", [], [], 0) for index in self._generation.blank]
+        blank = [self._last_event(index, 0, "", NOTHING) for index in self._generation.blank]
         if blank:
             yield b"".join(blank)
         events = self._first
@@ -100,45 +101,59 @@ class EventStream(Response):
                 yield b": still working\n\n"
 
     def _told(self, events: list[tuple[int, Event]]) -> list[bytes]:
-        """One event for each input that has news: the tokens that came together are told together."""
-        new_ids: dict[int, list[int]] = {}
+        """One event for each result that has news: the tokens that came together are told together."""
+        new_ids: dict[tuple[int, int], list[int]] = {}
         finished: dict[int, Finished] = {}
         for index, event in events:
             if isinstance(event, Failed):
                 raise EngineRefusal(event.error)
             if isinstance(event, Token):
-                new_ids.setdefault(index, []).append(event.id)
+                new_ids.setdefault((index, event.result), []).append(event.id)
             elif isinstance(event, Finished):
                 finished[index] = event
         told = []
-        for index in dict.fromkeys([*new_ids, *finished]):
-            text = self._detokenizers[index].push(new_ids.get(index, []))
-            if (end := finished.get(index)) is not None:
-                text += self._detokenizers[index].finish()
-                source_tokens = len(self._generation.sources[index])
-                told.append(self._event(index, text, end.reason, end.ids, end.log_probabilities, source_tokens))
-            elif text:
-                told.append(_data(self._common(index, text, None)))
+        for (index, place), ids in new_ids.items():
+            # With its end, a result's last tokens come again: they are taken from there, all that are left at once.
+            if index not in finished and (text := self._pieces_of(index, place).push(ids)):
+                told.append(_data(self._common(index, place, text, None)))
+        for index, event in finished.items():
+            for place, result in enumerate(event.results):
+                pieces = self._pieces_of(index, place)
+                text = pieces.push(result.ids[pieces.count :]) + pieces.finish()
+                told.append(self._last_event(index, place, text, result))
+                del self._pieces[index, place]
         return told
 
-    def _common(self, index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-        return {"id": self._generation.id, "index": index, "sequence": 0, "text": text, "finish_reason": finish_reason}
+    def _pieces_of(self, index: int, place: int) -> Pieces:
+        """The text so far of an input's result, counted from 0."""
+        if (pieces := self._pieces.get((index, place))) is None:
+            pieces = self._pieces[index, place] = self._generation.detokenizer.pieces()
+        return pieces
 
-    def _event(
-        self, index: int, text: str, reason: str, ids: list[int], log_probabilities: list[float], source_tokens: int
-    ) -> bytes:
-        """The last event of an input."""
+    def _common(self, index: int, place: int, text: str, finish_reason: str | None) -> dict[str, Any]:
+        return {
+            "id": self._generation.id,
+            "index": index,
+            "sequence": place,
+            "text": text,
+            "finish_reason": finish_reason,
+        }
+
+    def _last_event(self, index: int, place: int, text: str, result: Result) -> bytes:
+        """The last event of a result."""
+        source_tokens = len(self._generation.sources.get(index, []))
         return _data(
             {
-                **self._common(index, text, reason),
-                **self._generation.extras(ids, log_probabilities),
-                "usage": answer.usage(source_tokens, len(ids)),
+                **self._common(index, place, text, result.reason),
+                **self._generation.extras(result),
+                **self._generation.source_tokens(index),
+                "usage": answer.usage(source_tokens, len(result.ids)),
             }
         )
 
 
 def _data(value: dict[str, Any]) -> bytes:
-    return b"data: " + orjson.dumps(value) + b"\n\n"
+    return b"data: " + answer.as_json(value) + b"\n\n"
 
 
 async def _events_within(call: Call, seconds: float) -> list[tuple[int, Event]]:

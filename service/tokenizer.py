@@ -6,15 +6,16 @@ thread.
 
 from __future__ import annotations
 
-import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import tokenizers
 from tokenizers import pre_tokenizers
 
 from service.artifact import Artifact
+from service.detokenizer import Detokenizer
 from service.errors import ArtifactError
+from service.patterns import Vocabulary
 
 _SURROGATES = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
@@ -46,6 +47,7 @@ class Tokenizer:
             artifact.manifest.vocab_size,
             set(special.model_dump().values()),
         )
+        self.vocabulary = Vocabulary(self._bytes)
 
     def encode(self, text: str) -> list[int]:
         """Source ids, the end token included."""
@@ -58,32 +60,16 @@ class Tokenizer:
         return [[*encoding.ids, self.eos_id] for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of generated ids; special tokens and unknown ids give nothing."""
-        return self._tokenizer.decode([id for id in ids if id < len(self._bytes)], skip_special_tokens=True)
+        """The text of generated ids; special tokens, and ids that no token has, give nothing."""
+        return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", errors="replace")
 
     def token(self, id: int) -> str:
         """The text of one token by itself; U+FFFD stands for part of a character."""
         return self._bytes[id].decode("utf-8", errors="replace")
 
-    def detokenizer(self) -> Detokenizer:
-        """A new incremental decoder, for one stream."""
-        return Detokenizer(self._bytes)
-
-
-class Detokenizer:
-    """Token ids to text, piece by piece: never half a character, and joined what `Tokenizer.decode` gives."""
-
-    def __init__(self, token_bytes: list[bytes]) -> None:
-        self._token_bytes = token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, ids: Iterable[int]) -> str:
-        """What became certain by these ids; may be empty."""
-        return self._decoder.decode(b"".join(map(self._token_bytes.__getitem__, ids)))
-
-    def finish(self) -> str:
-        """What is left: a character that never got complete becomes U+FFFD."""
-        return self._decoder.decode(b"", final=True)
+    def detokenizer(self, prefix: str = "", stop: Sequence[str] = ()) -> Detokenizer:
+        """How the results of a request that begin with `prefix`, and end at one of the texts `stop`, become text."""
+        return Detokenizer(self._bytes, prefix, [text.encode() for text in stop])
 
 
 def _token_bytes(tokenizer: tokenizers.Tokenizer, vocab_size: int, special: set[int]) -> list[bytes]:

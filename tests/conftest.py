@@ -57,15 +57,35 @@ def tiny_fp32_artifact(request: pytest.FixtureRequest) -> Path:
     return _exported(request, "fp32", cuda=False)
 
 
-def _exported(request: pytest.FixtureRequest, precision: str, cuda: bool) -> Path:
-    """The artifact of the tiny model, from pytest's cache if nothing that makes it has changed."""
+@pytest.fixture(scope="session")
+def tiny_post_norm_checkpoint() -> Checkpoint:
+    """Another model, whose layers normalise their sums."""
+    from tests import tiny
+
+    return tiny.tiny_checkpoint(seed=2, pre_norm=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_post_norm_artifact(
+    request: pytest.FixtureRequest, tiny_post_norm_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Its fp32 artifact for the CPU alone. Tests must not write to it."""
+    path = tmp_path_factory.mktemp("checkpoint") / "post-norm.pt"
+    tiny_post_norm_checkpoint.save(path)
+    return _exported(request, "fp32", cuda=False, checkpoint=path)
+
+
+def _exported(request: pytest.FixtureRequest, precision: str, cuda: bool, checkpoint: Path | None = None) -> Path:
+    """The artifact of a tiny model, from pytest's cache if nothing that makes it has changed."""
     cache = request.config.cache
     assert cache is not None
-    kept = cache.mkdir("tiny-artifacts") / f"{precision}-{_fingerprint()}"
+    name = precision if checkpoint is None else f"{checkpoint.stem}-{precision}"
+    kept = cache.mkdir("tiny-artifacts") / f"{name}-{_fingerprint()}"
     if not (kept / "manifest.json").exists():
         from export.exporter import ExportRequest, export_artifact
 
-        checkpoint: Path = request.getfixturevalue("tiny_checkpoint_file")
+        if checkpoint is None:
+            checkpoint = request.getfixturevalue("tiny_checkpoint_file")
         sentences: Path = request.getfixturevalue("tiny_sentences")
         fresh = Path(tempfile.mkdtemp(dir=kept.parent)) / "artifact"
         export_artifact(ExportRequest(checkpoint, fresh, precision, sentences, cuda=cuda))  # type: ignore[arg-type]

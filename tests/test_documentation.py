@@ -1,4 +1,4 @@
-"""The README against the code: every setting, metric and module stands in it, and nothing that is gone."""
+"""The README against the code: every setting, parameter, metric and module stands in it, and nothing that is gone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from service.metrics import Metrics
+from service.parameters import Parameters
 from service.settings import Settings, variable
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,12 @@ def test_every_setting_has_its_row_with_flag_variable_and_sentence() -> None:
     documented = re.findall(
         r"^\| `(--[a-z-]+)` \| `(TRANSDUCE_[A-Z_]+)` \| [^|]* \| (.*) \|$", section("Settings"), re.M
     )
+    assert set(documented) == rows
+
+
+def test_every_parameter_has_its_row_with_its_sentence() -> None:
+    rows = {(name, str(field.description)) for name, field in Parameters.model_fields.items()}
+    documented = re.findall(r"^\| `([a-z_]+)` \| [^|]* \| (.*) \|$", section("Use"), re.M)
     assert set(documented) == rows
 
 

@@ -6,12 +6,18 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from service.errors import SettingsError
+from service.errors import SettingsError, ValidationFailed
 from service.settings import add_arguments, read_settings
 
-_SETTINGS = ("model", "provider", "device_id", "threads", "spinning", "max_rows", "encode_tokens")
+_SETTINGS = ("model", "provider", "device_id", "workers", "threads", "spinning", "max_rows", "encode_tokens")
+_PARAMETERS = (
+    "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping", "do_sample", "temperature",
+    "top_k", "top_p", "seed", "repetition_penalty", "no_repeat_ngram_size", "stop", "suppress", "prefix",
+)  # fmt: skip
+"""Those that make sense where one line comes out of one line."""
+
 _STANDARD_INPUT, _STANDARD_OUTPUT = 0, 1
 
 
@@ -27,11 +33,19 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--input", default="-", metavar="FILE", help="text, a line each; - is standard input (default)")
     parser.add_argument("--output", default="-", metavar="FILE", help="where to write; - is standard output (default)")
     parser.add_argument("--truncate", action="store_true", help="cut lines that are too long instead of stopping there")
-    parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="most tokens of a translation (default: the model's)"
-    )
     add_arguments(parser, only=_SETTINGS)
     parser.set_defaults(func=run)
+    parse = parser.parse_known_args
+
+    def parse_with_parameters(*args: Any, **options: Any) -> Any:
+        # Their flags are made of the HTTP schema, whose library is not loaded for the help of other commands.
+        from service.commands.parameter_flags import add_parameters
+
+        parser.parse_known_args = parse  # type: ignore[method-assign]  # once
+        add_parameters(parser.add_argument_group("generation", "the parameters of POST /v1/generate"), _PARAMETERS)
+        return parse(*args, **options)
+
+    parser.parse_known_args = parse_with_parameters  # type: ignore[method-assign]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,6 +53,16 @@ def run(arguments: argparse.Namespace) -> int:
     settings, warnings = read_settings(arguments)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
+
+    from service.commands.parameter_flags import named_as_flags, read_parameters
+    from service.served_model import load
+    from service.translation import Translation
+
+    model = load(settings)
+    try:
+        translation = Translation(model, read_parameters(arguments, (*_PARAMETERS, "truncate")))
+    except ValidationFailed as error:
+        raise SettingsError(named_as_flags(str(error))) from None
     with contextlib.ExitStack() as files:
         source = _open(arguments.input, "rb", _STANDARD_INPUT)
         if arguments.input != "-":
@@ -46,15 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
         # Standard input stays open: a thread may be waiting in it for the next line, and closing would wait for that.
         _refuse_same_file(arguments.input, arguments.output)
         target = files.enter_context(_open(arguments.output, "wb", _STANDARD_OUTPUT))
-
-        from service.served_model import load
-        from service.translation import Translation
-
-        model = load(settings)
         model.engine.start()
         try:
             model.engine.wait_ready()
-            translation = Translation(model, truncate=arguments.truncate, max_new_tokens=arguments.max_new_tokens)
             for line in _with_progress(translation.run(source), arguments):
                 target.write(line.encode("utf-8", errors="replace") + b"\n")
                 if arguments.output == "-":

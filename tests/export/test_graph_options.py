@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from export.artifact_decoder import ArtifactDecoder, open_session
 from export.comparison import differences, invariance
 from export.graph_file import Port, save, trace
 from export.graphs import state_tensors, write_decoder, write_encoder, write_scorer
-from export.layers import fused_linear
+from export.layers import Bounded, bound_of, fused_linear
 from export.profile import CPU, CUDA, Profile
 from model.transformer import Transformer
 from tests import tiny
@@ -76,15 +77,55 @@ def test_int8_of_odd_sizes_keeps_every_row_to_itself(tmp_path: Path) -> None:
     assert invariance(graphs_of(model, CPU["int8"], tmp_path), *some_pairs(300)) == (True, True)
 
 
-def test_a_row_of_zeros_quantises_to_zeros(tmp_path: Path) -> None:
+def run_linear(path: Path, layer: nn.Module, x: torch.Tensor) -> np.ndarray[Any, Any]:
+    """What ONNX Runtime makes of a layer and an input (rows, 24)."""
+    port, y = Port("x", ("rows", 24)), Port("y", ("rows", 10))
+    save(trace(layer, [(port, x)], [y]), path / "linear.onnx")
+    (found,) = open_session(path / "linear.onnx", threads=1).run(None, {"x": x.numpy()})
+    return np.asarray(found)
+
+
+@pytest.mark.parametrize("least", [None, 0.0, 0.17])
+def test_a_row_of_zeros_quantises_to_zeros(tmp_path: Path, least: float | None) -> None:
     """A dead ReLU layer gives the next only zeros: the result is its bias, not NaN. Other rows are near the product."""
     torch.manual_seed(1)
     layer = nn.Linear(24, 10)
     x = torch.cat([torch.zeros(1, 24), torch.randn(4, 24), torch.full((1, 24), 1e-30)])
-    port = Port("x", ("rows", 24))
-    save(trace(fused_linear([layer], integer=True), [(port, x)], [Port("y", ("rows", 10))]), tmp_path / "linear.onnx")
-    (y,) = open_session(tmp_path / "linear.onnx", threads=1).run(None, {"x": x.numpy()})
+    x = x if least is None else x.clamp_min(-least)
+    y = run_linear(tmp_path, fused_linear([layer], integer=True, least=least), x)
     with torch.no_grad():
         expected = layer(x).numpy()
     assert y[0].tolist() == layer.bias.tolist()
     np.testing.assert_allclose(y, expected, atol=0.05)
+
+
+class NormAndLinear(nn.Module):
+    """A linear layer that reads a norm, in integers."""
+
+    def __init__(self, norm: nn.LayerNorm, layer: nn.Linear) -> None:
+        super().__init__()
+        self.norm, self.linear, self.bound = norm, fused_linear([layer], integer=True), bound_of(norm)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(Bounded(self.norm(x), self.bound))
+        return y
+
+
+def test_what_a_norm_gives_is_quantised_by_a_constant_and_cut_off_beyond_it(tmp_path: Path) -> None:
+    """The product is near that of floats, with the bias, for rows that lie within the bound; an outlier counts as much
+    as the bound."""
+    torch.manual_seed(2)
+    norm, layer = nn.LayerNorm(24), nn.Linear(24, 10)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_(std=0.3)
+    x = torch.randn(20, 24) * torch.logspace(-2, 4, 20)[:, None]
+    with torch.no_grad():
+        expected = layer(norm(x)).numpy()
+    np.testing.assert_allclose(run_linear(tmp_path, NormAndLinear(norm, layer), x), expected, atol=0.12)
+    plain = nn.LayerNorm(24)
+    bounded = NormAndLinear(plain, layer)
+    bounded.bound = 2.0
+    with torch.no_grad():
+        cut = layer(plain(x).clamp(-2, 2)).numpy()
+    np.testing.assert_allclose(run_linear(tmp_path, bounded, x), cut, atol=0.12)

@@ -11,8 +11,11 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from export.artifact_decoder import ArtifactDecoder, Rows, open_session
+from export.decoder_graph import best_tokens
+from export.graph_file import Port, save, trace
 from model.checkpoint import Checkpoint
 from model.data import pad_rows
 from model.tokenizer import encode_texts
@@ -107,6 +110,29 @@ def test_what_stands_behind_a_source_means_nothing(
         assert steps(decoder, rows, targets_for(sources)) == alone
 
 
+@pytest.mark.parametrize("width", [*range(1, 34), 47, 48, 63, 64])
+def test_sources_of_any_lengths_share_a_call(decoder: ArtifactDecoder, width: int) -> None:
+    """The encoder's outputs of a source are the bits it gets alone, whichever longer source stands beside it."""
+    rng = np.random.default_rng(width)
+    lengths = sorted({1, 2, 5, 8, 15, 16, 17, 31, 33, 64, width} & set(range(width + 1)))
+    sources = [rng.integers(3, 300, length).tolist() for length in rng.permutation(lengths)]
+    together = decoder.encode(sources, capacity=width + 3)
+    for row, source in enumerate(sources):
+        alone = decoder.encode([source])
+        assert together.memory[row, : len(source)].tobytes() == alone.memory[0].tobytes()
+        for name in (name for name in alone.state if name.startswith("cross")):
+            assert together.state[name][row, :, : len(source)].tobytes() == alone.state[name][0].tobytes()
+
+
+def test_a_source_that_went_wrong_spoils_no_other(decoder: ArtifactDecoder, sources: list[list[int]]) -> None:
+    """Padding is filled up with a source's own values: no number of one row gets into another, however it is masked."""
+    rows = decoder.encode(sources, capacity=70)
+    for name in (name for name in rows.state if name.startswith("cross")):
+        for row, length in enumerate(rows.lengths):
+            last = rows.state[name][row, :, length - 1 : length]
+            assert (rows.state[name][row, :, length:] == last).all()
+
+
 def test_capacities_change_no_bit_and_the_encoder_pads_to_the_one_it_is_told(
     decoder: ArtifactDecoder, sources: list[list[int]], alone: list[bytes]
 ) -> None:
@@ -168,6 +194,33 @@ def test_candidates_are_the_likeliest_tokens_best_first(
     np.testing.assert_allclose(step.scores, np.take_along_axis(expected, step.candidates, 1), atol=1e-4)
     expected[:, :2] = -np.inf
     np.testing.assert_allclose(step.scores, -np.sort(-expected, axis=1)[:, :k], atol=1e-4)
+
+
+def test_the_best_tokens_are_found_in_any_vocabulary(tmp_path: Path) -> None:
+    """Also where equals stand in many places, k is everything, or the size is prime; fewer are the first of more."""
+    for size in (1, 2, 13, 97, 100, 360):
+        save(
+            trace(
+                BestTokens(),
+                [(Port("scores", ("rows", size)), torch.zeros(3, size)), (Port("k", ()), torch.tensor(1))],
+                [Port("values", ("rows", "k")), Port("ids", ("rows", "k"))],
+            ),
+            tmp_path / "best.onnx",
+        )
+        session = open_session(tmp_path / "best.onnx", threads=1)
+        scores = np.random.default_rng(size).integers(0, max(1, size // 3), (20, size)).astype(np.float32)
+        everything = session.run(None, {"scores": scores, "k": np.array(size)})[1]
+        assert (np.sort(everything) == np.arange(size)).all()
+        for k in (k for k in (1, 2, 7, 60, size) if k <= size):
+            values, ids = session.run(None, {"scores": scores, "k": np.array(k)})
+            assert (values == -np.sort(-scores)[:, :k]).all()
+            assert (np.take_along_axis(scores, ids, 1) == values).all()
+            assert (ids == everything[:, :k]).all()
+
+
+class BestTokens(nn.Module):
+    def forward(self, scores: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return best_tokens(scores, k)
 
 
 def weights(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

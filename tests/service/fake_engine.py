@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry
 
+from service.detokenizer import Detokenizer
 from service.errors import EngineFailure, QueueFull, Unavailable
 from service.metrics import Metrics
-from service.sequence import Encoded, Failed, Finished, Sequence, Timings, Token
+from service.patterns import Vocabulary
+from service.sequence import Encoded, Failed, Finished, GenerateParameters, Result, Scored, Sequence, Timings, Token
 from service.served_model import ServedModel
 from service.settings import Settings
-from service.tokenizer import Detokenizer
 
 EOS = 2
 TIMINGS = Timings(0.0, 0.0, 0.0)
@@ -26,9 +27,10 @@ class ByteTokenizer:
 
     eos_id = EOS
     table = (b"", b"", b"", *(bytes([byte]) for byte in range(256)))
+    vocabulary = Vocabulary(list(table))
 
     def encode(self, text: str) -> list[int]:
-        return [*(byte + 3 for byte in text.encode()), EOS]
+        return [*(byte + 3 for byte in text.encode(errors="replace")), EOS]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -39,8 +41,61 @@ class ByteTokenizer:
     def token(self, id: int) -> str:
         return self.table[id].decode(errors="replace")
 
-    def detokenizer(self) -> Detokenizer:
-        return Detokenizer(list(self.table))
+    def detokenizer(self, prefix: str = "", stop: Any = ()) -> Detokenizer:
+        return Detokenizer(list(self.table), prefix, [text.encode() for text in stop])
+
+
+class _Echo:
+    """One sequence under way. Its result j is the source without its first j tokens, each of them -0.5 - j / 10."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        assert sequence.parameters is not None
+        self.sequence, self.parameters = sequence, sequence.parameters
+        source = sequence.source_ids
+        self.steps = 0
+        self.told = 0
+        self.wanted = [source[min(j, len(source) - 1) :] for j in range(self.parameters.num_return_sequences)]
+        self.results = [self._cut(ids, self.parameters) for ids in self.wanted]
+
+    def _cut(self, ids: list[int], parameters: GenerateParameters) -> tuple[list[int], Any]:
+        before = b""
+        for count, id in enumerate(ids[: parameters.max_new_tokens], 1):
+            if id == EOS or (parameters.stop is not None and parameters.stop.completed_by(before, id)):
+                return ids[:count], "stop"
+            before += ByteTokenizer.table[id]
+        return ids[: parameters.max_new_tokens], "length"
+
+    def step(self) -> bool:
+        """Whether that was the last one."""
+        self.steps += 1
+        if self.sequence.stream:
+            self._tell()
+        return self.steps >= max(len(ids) for ids, _ in self.results)
+
+    def _tell(self) -> None:
+        """Each result's next token; with beams the best one's alone, three steps late, as they may still differ."""
+        with_beams = self.parameters.num_beams > 1
+        place = self.steps - (4 if with_beams else 1)
+        for j, (ids, _) in enumerate(self.results[:1] if with_beams else self.results):
+            if 0 <= place < len(ids):
+                self.sequence.on_event(Token(ids[place], -0.5 - j / 10, j))
+
+    def finished(self, *, late: bool = False) -> Finished:
+        results = []
+        for j, (ids, reason) in enumerate(self.results):
+            taken = ids[: self.steps] if late else ids
+            alignment = None
+            if self.parameters.return_alignments:
+                alignment = np.full((len(taken), len(self.sequence.source_ids)), 1 / len(self.sequence.source_ids))
+            results.append(
+                Result(
+                    list(taken),
+                    [-0.5 - j / 10] * len(taken),
+                    "timeout" if late else reason,
+                    None if alignment is None else alignment.astype(np.float32),
+                )
+            )
+        return Finished(results, TIMINGS)
 
 
 class FakeEngine:
@@ -56,18 +111,33 @@ class FakeEngine:
         self.may_load.set()
         self.may_work.set()
         self.room = room
+        self.rows_per_sequence = 16
         self.open: list[Sequence] = []
         self.cancelled: list[Sequence] = []
-        self.submitted = 0
+        self.received: list[Sequence] = []
+        self.refuse_with: Any = None
         self._ready = threading.Event()
         self._lock = threading.Lock()
+
+    @property
+    def submitted(self) -> int:
+        return len(self.received)
+
+    @property
+    def parameters(self) -> GenerateParameters:
+        """Of the last sequence that came."""
+        parameters = self.received[-1].parameters
+        assert parameters is not None
+        return parameters
 
     def submit(self, sequences: list[Sequence]) -> None:
         if self.status != "ready":
             raise Unavailable("not now")
+        if self.refuse_with is not None:
+            raise self.refuse_with
         if len(self.open) + len(sequences) > self.room:
             raise QueueFull("the line is full")
-        self.submitted += len(sequences)
+        self.received += sequences
         with self._lock:
             self.open += sequences
         threading.Thread(target=self._work, args=(sequences,), daemon=True).start()
@@ -78,37 +148,35 @@ class FakeEngine:
             self.open = [one for one in self.open if one not in sequences]
 
     def _work(self, sequences: list[Sequence]) -> None:
-        running = {id(one): 0 for one in sequences}
+        running = {id(one): _Echo(one) if one.kind == "generate" else None for one in sequences}
         while running:
             self.may_work.wait()
             if self.step_seconds:
                 time.sleep(self.step_seconds)
             for one in sequences:
-                if id(one) in running and (one not in self.open or self._step(one, running)):
+                if id(one) in running and (one not in self.open or self._step(one, running[id(one)])):
                     del running[id(one)]
                     with self._lock:
                         self.open = [other for other in self.open if other is not one]
 
-    def _step(self, one: Sequence, running: dict[int, int]) -> bool:
+    def _step(self, one: Sequence, echo: _Echo | None) -> bool:
         """Whether that was its last step."""
-        if one.deadline is not None and running[id(one)] and time.monotonic() > one.deadline:
-            one.on_event(Finished("timeout", one.source_ids[: running[id(one)]], [-0.5] * running[id(one)], TIMINGS))
+        if one.kind == "score":
+            assert one.target_ids is not None
+            one.on_event(Scored([-0.25] * len(one.target_ids), TIMINGS))
             return True
-        if ByteTokenizer().decode(one.source_ids).startswith(POISON) and running[id(one)] >= len(POISON) - 1:
-            one.on_event(Failed(EngineFailure("the model failed on this request")))
-            return True
-        if one.kind == "encode":
+        if echo is None:
             rows = np.asarray(one.source_ids, dtype=np.float32)
             one.on_event(Encoded(np.stack([rows, rows * 2, -rows, rows * 0], axis=1), TIMINGS))
             return True
-        step = running[id(one)]
-        assert one.parameters is not None
-        if one.stream:
-            one.on_event(Token(one.source_ids[step], -0.5))
-        running[id(one)] = made = step + 1
-        if one.source_ids[step] == EOS or made == one.parameters.max_new_tokens:
-            reason: Any = "stop" if one.source_ids[step] == EOS else "length"
-            one.on_event(Finished(reason, one.source_ids[:made], [-0.5] * made, TIMINGS))
+        if one.deadline is not None and echo.steps and time.monotonic() > one.deadline:
+            one.on_event(echo.finished(late=True))
+            return True
+        if ByteTokenizer().decode(one.source_ids).startswith(POISON) and echo.steps >= len(POISON) - 1:
+            one.on_event(Failed(EngineFailure("the model failed on this request")))
+            return True
+        if echo.step():
+            one.on_event(echo.finished())
             return True
         return False
 

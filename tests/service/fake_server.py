@@ -30,6 +30,13 @@ class RunningServer:
 def running(engine: FakeEngine, **settings: object) -> Iterator[RunningServer]:
     """A server on a free port, in a thread, with real sockets."""
     model = fake_model(engine, **settings)
+    with serving(model) as port:
+        yield RunningServer(f"http://127.0.0.1:{port}", port, engine, model)
+
+
+@contextlib.contextmanager
+def serving(model: ServedModel) -> Iterator[int]:
+    """The same around any model, whose engine is the caller's matter; the port."""
     listener = open_socket("127.0.0.1", 0)
     port = listener.getsockname()[1]
     server = UvicornServer(configure(create_app(model), model.settings))
@@ -38,7 +45,7 @@ def running(engine: FakeEngine, **settings: object) -> Iterator[RunningServer]:
     try:
         while not server.started:
             time.sleep(0.01)
-        yield RunningServer(f"http://127.0.0.1:{port}", port, engine, model)
+        yield port
     finally:
         server.should_exit = True
         thread.join()

@@ -5,16 +5,29 @@ What it says depends on all that it should remember, so a row that was moved wro
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
 from prometheus_client import CollectorRegistry
 
 from service.artifact import Manifest
+from service.batch import Batch, StepOutput
 from service.core import Core
 from service.ladder import Ladder
 from service.metrics import Metrics
-from service.sequence import Encoded, Event, Failed, Finished, GenerateParameters, Sequence, Token
+from service.sequence import (
+    Encoded,
+    Event,
+    Failed,
+    Finished,
+    GenerateParameters,
+    Result,
+    Scored,
+    Sequence,
+    Token,
+)
 from service.state import State
 
 PAD, BOS, EOS = 0, 1, 2
@@ -41,6 +54,15 @@ MANIFEST = Manifest.model_validate(
 )
 
 
+@functools.cache
+def distribution(mixed: int) -> np.ndarray:
+    """Log-probabilities of the next token, (VOCAB,): some numbers that depend on a number."""
+    values = np.random.default_rng(mixed).normal(size=VOCAB).astype(np.float32)
+    values[EOS if mixed % 17 == 0 else 3 + mixed % (VOCAB - 3)] += 6.0
+    values[[PAD, BOS]] = -np.inf
+    return values - np.float32(np.log(np.exp(values.astype(np.float64)).sum()))
+
+
 def says(source_ids: list[int], limit: int) -> list[int]:
     """What the fake model generates for a source, worked out without any state."""
     ids: list[int] = []
@@ -48,7 +70,7 @@ def says(source_ids: list[int], limit: int) -> list[int]:
     while len(ids) < limit:
         total = (total * 31 + history[-1]) % 1009
         mixed = sum(place * id for place, id in enumerate(source_ids, 1)) + 7 * sum(history) + total
-        ids.append(EOS if mixed % 17 == 0 else 3 + mixed % (VOCAB - 3))
+        ids.append(int(distribution(mixed).argmax()))
         if ids[-1] == EOS:
             break
         history.append(ids[-1])
@@ -92,22 +114,33 @@ class FakeRunner:
         self.encoded.append(("encode", *ids.shape))
         return np.repeat(ids[:, :, None], 3, axis=2).astype(np.float32)
 
-    def step(self, batch: object, state: State, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def score(
+        self, ids: np.ndarray, lengths: np.ndarray, target_ids: np.ndarray, *, alignment: bool
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        self._called("score")
+        self.encoded.append(("score", *ids.shape))
+        weights = np.zeros((*target_ids.shape, ids.shape[1]), np.float32)
+        for row, length in enumerate(lengths):
+            weights[row, :, :length] = 1 / length
+        return -target_ids.astype(np.float32), weights if alignment else None
+
+    def step(self, batch: Batch, state: State, k: int, logits: bool) -> StepOutput:
         self.before_step()
         self._called("step")
         rows = batch.rows
         assert rows == state.rows
         self.steps.append(rows)
         source, history, total = (state.read(name) for name in ("source", "history", "sum"))
-        ids = np.empty((rows, k), np.int64)
+        values = np.empty((rows, VOCAB), np.float32)
         for row in range(rows):
             position, length = batch.positions[row], batch.source_lengths[row]
             history[row, :, position] = batch.last_ids[row]
             total[row] = (total[row] * 31 + batch.last_ids[row]) % 1009
             mixed = (source[row, :length, 1] * np.arange(1, length + 1)).sum()
             mixed += 7 * history[row, 2, : position + 1].sum() + total[row, 1]
-            ids[row] = EOS if mixed % 17 == 0 else 3 + mixed % (VOCAB - 3)
-        return ids, -ids.astype(np.float32) / VOCAB
+            values[row] = distribution(int(mixed))
+        ids = np.argsort(-values, axis=1, kind="stable")[:, :k]
+        return StepOutput(ids, np.take_along_axis(values, ids, axis=1), values + 1.0 if logits else None)
 
     def _called(self, name: str) -> None:
         if name in self.fail:
@@ -131,8 +164,14 @@ class Client:
         self.events: dict[Sequence, list[Event]] = {}
 
     def generate(self, source_ids: list[int], limit: int = 20, **options: object) -> Sequence:
-        """A sequence of kind generate."""
-        return self._make(source_ids, parameters=GenerateParameters(limit), **options)
+        """A sequence of kind generate; options of GenerateParameters and of Sequence."""
+        names = {field.name for field in dataclasses.fields(GenerateParameters)}
+        asked = {name: options.pop(name) for name in names & set(options)}
+        return self._make(source_ids, parameters=GenerateParameters(limit, **asked), **options)  # type: ignore[arg-type]
+
+    def score(self, source_ids: list[int], target_ids: list[int], **options: object) -> Sequence:
+        """A sequence of kind score."""
+        return self._make(source_ids, kind="score", target_ids=target_ids, **options)
 
     def encode(self, source_ids: list[int], **options: object) -> Sequence:
         """A sequence of kind encode."""
@@ -148,6 +187,25 @@ class Client:
         assert isinstance(event, Finished), event
         assert [type(event) for event in self.events[sequence][:-1]] == [Token] * (len(self.events[sequence]) - 1)
         return event
+
+    def result(self, sequence: Sequence) -> Result:
+        """Its only result."""
+        (result,) = self.finished(sequence).results
+        return result
+
+    def told(self, sequence: Sequence) -> list[object]:
+        """All that it was told, without times: equal if every token, number and result is."""
+        contents: list[object] = []
+        for event in self.events[sequence]:
+            if isinstance(event, Token):
+                contents.append(event)
+            elif isinstance(event, Finished):
+                contents.append(event.results)
+            elif isinstance(event, Scored):
+                contents.append(event.log_probabilities)
+            else:
+                contents.append(event.error if isinstance(event, Failed) else event.memory.tolist())
+        return contents
 
     def error(self, sequence: Sequence) -> Exception:
         """The error that it got, and nothing after it."""
@@ -178,6 +236,29 @@ def make_core(
 ) -> Core:
     """A core on the fake runner."""
     return Core(runner, metrics, max_rows=max_rows, encode_tokens=encode_tokens, clock=clock)
+
+
+class Bench:
+    """A core and all that is around it."""
+
+    def __init__(self, **sizes: int) -> None:
+        self.runner, self.metrics, self.clock, self.client = FakeRunner(), make_metrics(), Clock(), Client()
+        self.core = make_core(self.runner, self.metrics, self.clock, **sizes)
+
+    def submit(self, *sequences: Sequence) -> None:
+        """Let them wait, from now on."""
+        for sequence in sequences:
+            sequence.submitted_at = self.clock.now
+        self.core.add(sequences)
+
+    def run(self, iterations: int = 10_000) -> None:
+        """Iterate until idle, checking the books each time."""
+        for _ in range(iterations):
+            if self.core.idle:
+                break
+            self.core.iterate()
+            self.core.check_integrity()
+            self.clock.now += 0.01
 
 
 def sample(metrics: Metrics, name: str, **labels: str) -> float:

@@ -251,7 +251,7 @@ def test_the_real_service_is_measured(load_flags: list[str], served: str, data: 
         assert alone.server is not None
         assert together.server is not None
         assert alone.server.rows_per_step == 1.0
-        assert (together.server.rows_per_step or 0) > 4
+        assert (together.server.rows_per_step or 0) > 2, "16 clients, divided between the workers"
 
 
 def test_the_manual_has_every_flag_and_module() -> None:

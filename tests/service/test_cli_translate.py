@@ -1,6 +1,7 @@
 """`transduce translate`: lines in, as many lines out. The stream of lines with the echoing engine, the program with the
 real one."""
 
+import argparse
 import io
 import os
 import signal
@@ -8,17 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service import lines
+from service.commands import translate
+from service.commands.parameter_flags import named_as_flags, read_parameters
+from service.errors import SettingsError, ValidationFailed
 from service.lines import as_one_line, read_lines
-from service.translation import LineFailed, Translation
+from service.parameters import Parameters
+from service.translation import WINDOW, LineFailed, Translation
 from tests.service.fake_engine import FakeEngine, fake_model
 
 
-def translated(content: bytes, *, engine: FakeEngine | None = None, truncate: bool = False) -> list[str]:
-    translation = Translation(fake_model(engine), truncate=truncate)
+def translated(content: bytes, *, engine: FakeEngine | None = None, **parameters: Any) -> list[str]:
+    translation = Translation(fake_model(engine), Parameters(**parameters))
     return list(translation.run(io.BytesIO(content)))
 
 
@@ -45,7 +51,7 @@ def test_as_many_lines_out_as_in_and_in_order(content: bytes, expected: list[str
 
 def test_many_lines_keep_their_order() -> None:
     """More than the window holds, of lengths that finish in another order."""
-    expected = [f"line {'x' * (number % 37)}{number}" for number in range(1500)]
+    expected = [f"line {'x' * (number % 37)}{number}" for number in range(WINDOW + 500)]
     assert translated("\n".join(expected).encode()) == expected
 
 
@@ -60,17 +66,19 @@ def test_memory_is_bounded_by_the_window() -> None:
             return b"a\n"
 
     stream = Endless()
-    results = Translation(fake_model(), truncate=False).run(stream)  # type: ignore[arg-type]
+    results = Translation(fake_model(), Parameters()).run(stream)  # type: ignore[arg-type]
     assert [next(results) for _ in range(10)] == ["a"] * 10
-    time.sleep(0.3)
-    assert stream.read_lines < 400
+    time.sleep(0.5)
+    assert stream.read_lines <= WINDOW + 11
 
 
 def test_a_line_that_is_too_long_is_named() -> None:
-    """And what came before it has been written; with truncate it is cut."""
+    """And what came before it has been written, all of it; with truncate it is cut."""
     content = b"a\nb\n" + b"x" * 100 + b"\nc\n"
+    found = Translation(fake_model(FakeEngine(step_seconds=0.05)), Parameters()).run(io.BytesIO(content))
+    assert [next(found), next(found)] == ["a", "b"]
     with pytest.raises(LineFailed, match=r"line 3 has .* limit is 64"):
-        translated(content)
+        next(found)
     assert translated(content, truncate=True) == ["a", "b", "x" * 48, "c"]
 
 
@@ -90,6 +98,75 @@ def test_a_failure_names_the_line() -> None:
     """With the engine's own words."""
     with pytest.raises(LineFailed, match="line 2: the model failed"):
         translated(b"a\npoison\nb\n")
+
+
+def test_lines_are_generated_as_the_parameters_say() -> None:
+    """With beams, a prefix and a stop string, as over HTTP; a blank line stays blank."""
+    engine = FakeEngine()
+    found = translated(b"abcd\n\nxy\n", engine=engine, num_beams=3, prefix="> ", stop=["c"], length_penalty=0.6)
+    assert found == ["> ab", "", "> xy"]
+    assert (engine.parameters.num_beams, engine.parameters.length_penalty) == (3, 0.6)
+
+
+def test_parameters_that_do_not_fit_are_named_as_flags() -> None:
+    """The sentence is that of HTTP."""
+    with pytest.raises(ValidationFailed) as refusal:
+        Translation(fake_model(max_rows=8), Parameters(num_beams=4, do_sample=True))
+    sentence = "--num-beams: must be 1 with --do-sample: leave one of the two out"
+    assert named_as_flags(str(refusal.value)) == sentence
+
+
+def parse(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    translate.register(parser.add_subparsers())
+    return parser.parse_args(["translate", *flags])
+
+
+def test_flags_are_the_parameters_of_http() -> None:
+    """With their types; texts may come several times, and what was not given is left to the default."""
+    flags = [
+        "--num-beams", "4", "--length-penalty", "0.6", "--early-stopping", "never", "--max-new-tokens", "9",
+        "--suppress", "a", "--suppress", "b\udcff", "--prefix", "5", "--truncate",
+    ]  # fmt: skip
+    found = read_parameters(parse(*flags), Parameters.model_fields)
+    expected = Parameters(
+        num_beams=4, length_penalty=0.6, early_stopping="never", max_new_tokens=9, suppress=["a", "b\ufffd"],
+        prefix="5", truncate=True,
+    )  # fmt: skip
+    assert found == expected
+    sampling = parse("--do-sample", "--temperature", "2", "--top-k", "3", "--top-p", "0.5", "--seed", "7")
+    expected = Parameters(do_sample=True, temperature=2, top_k=3, top_p=0.5, seed=7)
+    assert read_parameters(sampling, Parameters.model_fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "words"),
+    [
+        ("--num-beams", "many", "valid integer"),
+        ("--num-beams", "4.5", "valid integer"),
+        ("--seed", "-1", "between 0 and"),
+        ("--length-penalty", "11", "between -10 and 10"),
+        ("--length-penalty", "nan", "between -10 and 10"),
+        ("--early-stopping", "maybe", "true, false"),
+        ("--stop", "", "empty"),
+        ("--temperature", "0", "--do-sample"),
+    ],
+)
+def test_a_flag_out_of_its_range_is_refused_by_its_name(
+    flag: str, text: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is loaded."""
+    with pytest.raises((argparse.ArgumentError, SystemExit)) as refusal:
+        parse(flag, text)
+    said = f"{refusal.value} {capsys.readouterr().err}"
+    assert flag in said
+    assert words in said
+
+
+def test_a_flag_that_comes_too_often_is_refused() -> None:
+    """As a list that is too long is over HTTP."""
+    with pytest.raises(SettingsError, match="--stop: holds 33 strings, the limit is 32"):
+        read_parameters(parse(*["--stop", "x"] * 33), Parameters.model_fields)
 
 
 # ---- the program, with the tiny model ----
@@ -138,6 +215,23 @@ def test_the_program_ends_quietly_when_its_reader_leaves(tiny_artifact: Path) ->
         _, errors = process.communicate(b"The cat sees.\n" * 50)
     assert errors == b""
     assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_the_program_refuses_before_it_empties_a_file(tiny_artifact: Path, tmp_path: Path) -> None:
+    """What does not go together, or does not fit the model: one line, status 2, and the output is as it was."""
+    target = tmp_path / "out.txt"
+    target.write_text("precious\n")
+    for flags, words in (
+        (("--num-beams", "4", "--do-sample"), "--num-beams: must be 1 with --do-sample"),
+        (("--max-new-tokens", "49"), "--max-new-tokens: must be between 1 and 48"),
+    ):
+        found = subprocess.run(
+            command(tiny_artifact, "--output", str(target), *flags), input=b"a\n", capture_output=True, check=False
+        )
+        assert found.returncode == 2
+        assert words in found.stderr.decode()
+        assert found.stderr.count(b"\n") == 1
+    assert target.read_text() == "precious\n"
 
 
 def test_the_program_does_not_overwrite_its_input(tiny_artifact: Path, tmp_path: Path) -> None:

@@ -53,14 +53,14 @@ class Bench:
         self.settings = Settings(max_rows=max_rows, max_queue=max_queue)
         self.core: Core | None = None
         self.engine = Engine(
-            Artifact(Path(), MANIFEST), self.settings, self.metrics, open_core=self._open, clock=time.monotonic
+            Artifact(Path(), MANIFEST), self.settings, self.metrics, open_cores=self._open, clock=time.monotonic
         )
 
-    def _open(self) -> Core:
+    def _open(self) -> list[Core]:
         self.core = Core(
             self.runner, self.metrics, max_rows=self.settings.max_rows, encode_tokens=64, clock=time.monotonic
         )
-        return self.core
+        return [self.core]
 
     def _before_step(self) -> None:
         self.in_step.set()
@@ -123,7 +123,7 @@ def test_many_threads_submit_and_each_gets_its_own(bench: Bench) -> None:
         thread.join()
     bench.await_end(*sequences)
     for sequence in sequences:
-        assert bench.client.finished(sequence).ids == says(sequence.source_ids, 12)
+        assert bench.client.result(sequence).ids == says(sequence.source_ids, 12)
     wait_for(lambda: books(bench.metrics) == {"finished": 200, "running": 0, "waiting": 0})
 
 
@@ -189,7 +189,7 @@ def test_cancelling_while_it_is_being_encoded(bench: Bench) -> None:
     gate.set()
     bench.await_end(other)
     assert bench.client.last(cancelled) is None
-    assert bench.client.finished(other).ids == says(other.source_ids, 30)
+    assert bench.client.result(other).ids == says(other.source_ids, 30)
     assert bench.runner.steps == [2] + [1] * 29
 
 
@@ -253,13 +253,13 @@ def test_a_failing_step_does_not_end_the_engine(bench: Bench) -> None:
     bench.engine.submit([served])
     bench.await_end(served)
     assert isinstance(bench.client.error(failing), EngineFailure)
-    assert bench.client.finished(served).ids == says([3], 3)
+    assert bench.client.result(served).ids == says([3], 3)
 
 
 def test_an_error_of_our_own_does_not_end_the_engine_either(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever an iteration raises: all that it worked on are answered, and the books balance."""
     with monkeypatch.context() as patch:
-        patch.setattr("service.core.endings", lambda *_, **__: 1 / 0)
+        patch.setattr("service.decoding.endings", lambda *_, **__: 1 / 0)
         failing = bench.client.generate([3], 3)
         bench.engine.submit([failing])
         bench.await_end(failing)
@@ -267,7 +267,7 @@ def test_an_error_of_our_own_does_not_end_the_engine_either(bench: Bench, monkey
     bench.engine.submit([served])
     bench.await_end(served)
     assert isinstance(bench.client.error(failing), EngineFailure)
-    assert bench.client.finished(served).ids == says([3], 3)
+    assert bench.client.result(served).ids == says([3], 3)
     wait_for(lambda: books(bench.metrics) == {"finished": 2, "running": 0, "waiting": 0})
 
 
@@ -289,13 +289,13 @@ def test_before_it_is_ready_it_refuses() -> None:
         bench.engine.submit([bench.client.generate([3])])
     assert bench.engine.status == "new"
     assert bench.engine.join(0)
-    opened, opening = threading.Event(), bench.engine._open_core
+    opened, opening = threading.Event(), bench.engine._open_cores
 
     def slow() -> Core:
         assert opened.wait(PATIENCE)
         return opening()
 
-    bench.engine._open_core = slow
+    bench.engine._open_cores = slow
     bench.engine.start()
     assert bench.engine.status == "starting"
     assert not bench.engine.wait_ready(0)
@@ -318,7 +318,7 @@ def test_a_failed_start_is_told_to_who_waits(caplog: pytest.LogCaptureFixture) -
         def broken(error: Exception = raised) -> Core:
             raise error
 
-        bench.engine._open_core = broken
+        bench.engine._open_cores = broken
         bench.engine.start()
         with pytest.raises(StartupError, match=told):
             bench.engine.wait_ready(PATIENCE)

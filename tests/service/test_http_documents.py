@@ -51,13 +51,15 @@ def test_the_front_door_leads_to_the_documentation(client: TestClient) -> None:
 def test_every_reference_in_the_document_resolves(document: dict[str, Any]) -> None:
     """Schemas that FastAPI does not see are in it too."""
     names = re.findall(r"#/components/schemas/(\w+)", str(document))
-    assert {"GenerateRequest", "EncodeRequest", "ErrorResponse", "StreamEvent", "Parameters"} <= set(names)
+    assert {"GenerateRequest", "EncodeRequest", "ScoreRequest", "ErrorResponse", "StreamEvent", "Parameters"} <= set(
+        names
+    )
     assert set(names) <= set(document["components"]["schemas"])
 
 
 def test_the_documents_examples_are_valid(client: TestClient, document: dict[str, Any]) -> None:
     """Each is a request that this server answers with 200."""
-    for path in ("/v1/generate", "/v1/encode"):
+    for path in ("/v1/generate", "/v1/encode", "/v1/score"):
         examples = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["examples"]
         assert len(examples) >= 2
         for example in examples.values():
@@ -66,7 +68,11 @@ def test_the_documents_examples_are_valid(client: TestClient, document: dict[str
 
 def test_the_documents_answers_are_of_the_documents_schemas(document: dict[str, Any]) -> None:
     """The example of each 200 is what its schema says."""
-    for path, schema in (("/v1/generate", schemas.GenerateResponse), ("/v1/encode", schemas.EncodeResponse)):
+    for path, schema in (
+        ("/v1/generate", schemas.GenerateResponse),
+        ("/v1/encode", schemas.EncodeResponse),
+        ("/v1/score", schemas.ScoreResponse),
+    ):
         answer = document["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]
         assert answer["schema"]["$ref"].endswith(f"/{schema.__name__}")
         schema.model_validate(answer["example"])
@@ -74,7 +80,7 @@ def test_the_documents_answers_are_of_the_documents_schemas(document: dict[str, 
 
 def test_the_document_names_every_error(document: dict[str, Any]) -> None:
     """With the one shape, and no mention of the framework's own."""
-    for path in ("/v1/generate", "/v1/encode"):
+    for path in ("/v1/generate", "/v1/encode", "/v1/score"):
         responses = document["paths"][path]["post"]["responses"]
         assert set(responses) == {"200", "400", "404", "413", "422", "429", "500", "503", "504"}
         for status, response in responses.items():
@@ -87,7 +93,7 @@ def test_the_document_names_every_error(document: dict[str, Any]) -> None:
 
 def test_the_document_has_every_parameter_explained(document: dict[str, Any]) -> None:
     """Each field of a request has a description."""
-    for name in ("GenerateRequest", "Parameters", "EncodeRequest"):
+    for name in ("GenerateRequest", "Parameters", "EncodeRequest", "ScoreRequest"):
         for field, schema in document["components"]["schemas"][name]["properties"].items():
             assert schema.get("description") or "$ref" in schema, f"{name}.{field}"
 

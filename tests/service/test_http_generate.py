@@ -129,12 +129,18 @@ def test_truncate_cuts_to_the_limit(client: TestClient) -> None:
         assert generate(client, text, truncate=True)["usage"]["source_tokens"] == 64
 
 
-def test_a_timeout_while_generating_gives_what_there_is() -> None:
-    """200, with finish reason timeout and the text so far."""
+@pytest.mark.parametrize(
+    "more", [{}, {"num_beams": 2, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}]
+)
+def test_a_timeout_while_generating_gives_what_there_is(more: dict[str, Any]) -> None:
+    """200, with finish reason timeout and the text so far, of every sequence."""
     with TestClient(create_app(fake_model(FakeEngine(step_seconds=0.02)))) as client:
-        sequence = generate(client, "a" * 40, timeout=0.1)["outputs"][0]["sequences"][0]
-    assert sequence["finish_reason"] == "timeout"
-    assert 0 < len(sequence["text"]) < 40
+        sequences = generate(client, "a" * 40, prefix="b", timeout=0.1, **more)["outputs"][0]["sequences"]
+    assert len(sequences) == more.get("num_return_sequences", 1)
+    for sequence in sequences:
+        assert sequence["finish_reason"] == "timeout"
+        assert 1 < len(sequence["text"]) < 40
+        assert sequence["text"].startswith("ba")
 
 
 def test_null_means_left_out(client: TestClient) -> None:
@@ -143,9 +149,91 @@ def test_null_means_left_out(client: TestClient) -> None:
     assert texts(generate(client, "a", **dict.fromkeys(names))) == ["a"]
 
 
-def test_the_values_that_greedy_means_are_accepted(client: TestClient) -> None:
-    """Naming greedy decoding's own values is no error."""
-    assert texts(generate(client, "a", num_beams=1, do_sample=False, temperature=1, num_return_sequences=1)) == ["a"]
+def several(answer: dict[str, Any]) -> list[str]:
+    return [sequence["text"] for sequence in answer["outputs"][0]["sequences"]]
+
+
+def test_the_best_of_several_come_in_order_with_their_scores(client: TestClient) -> None:
+    """As the engine ranked them; the tokens of all are counted."""
+    answer = generate(client, ["abc", "de"], num_beams=4, num_return_sequences=3, return_scores=True)
+    assert several(answer) == ["abc", "bc", "c"]
+    scores = [sequence["score"] for sequence in answer["outputs"][0]["sequences"]]
+    assert scores == pytest.approx([-0.5, -0.6, -0.7])
+    assert [sequence["text"] for sequence in answer["outputs"][1]["sequences"]] == ["de", "e", ""]
+    assert answer["usage"] == {"source_tokens": 7, "generated_tokens": 4 + 3 + 2 + 3 + 2 + 1}
+
+
+def test_samples_and_alternatives_are_sequences_too(client: TestClient) -> None:
+    """More of them than beams."""
+    assert several(generate(client, "abc", do_sample=True, num_return_sequences=2, seed=1)) == ["abc", "bc"]
+    assert several(generate(client, "abc", return_alternatives=True, num_return_sequences=2)) == ["abc", "bc"]
+
+
+def test_a_prefix_begins_every_text_and_is_in_no_count(client: TestClient) -> None:
+    """Scores, tokens and usage are of what follows it."""
+    answer = generate(client, "né", prefix="🦜 ", return_tokens=True, return_scores=True, length_penalty=0)
+    (sequence,) = answer["outputs"][0]["sequences"]
+    assert sequence["text"] == "🦜 né"
+    assert "".join(token["text"] for token in sequence["tokens"]) == "né"
+    assert sequence["score"] == -0.5 * 4
+    assert answer["usage"]["generated_tokens"] == 4
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "reason"),
+    [
+        ("d", "abc", "stop"),
+        (["de"], "abc", "stop"),
+        (["x", "cd", "d"], "ab", "stop"),
+        (["a"], "", "stop"),
+        (["efg"], "abcd", "stop"),
+        (["efgh"], "abcdefg", "stop"),
+        (["x", "ga"], "abcdefg", "stop"),
+    ],
+)
+def test_a_stop_string_ends_a_text_and_is_cut_off(client: TestClient, stop: Any, text: str, reason: str) -> None:
+    """The first one that comes; it is not in the text, but its tokens are listed and counted."""
+    answer = generate(client, "abcdefg", stop=stop, return_tokens=True)
+    (sequence,) = answer["outputs"][0]["sequences"]
+    assert (sequence["text"], sequence["finish_reason"]) == (text, reason)
+    whole = "".join(token["text"] for token in sequence["tokens"])
+    assert whole.startswith(text)
+    assert answer["usage"]["generated_tokens"] == len(sequence["tokens"])
+    if text != "abcdefg":
+        assert any(whole.endswith(one) for one in stop)
+
+
+def test_a_stop_string_in_the_prefix_does_not_count(client: TestClient) -> None:
+    """Nor one that begins in it."""
+    assert texts(generate(client, "abc", prefix="ab", stop=["ab", "ba"])) == ["ab"]
+    assert texts(generate(client, "xabc", prefix="ab", stop=["ab", "bx"])) == ["abx"]
+
+
+def test_alignments_are_a_row_per_token_and_a_column_per_source_token(client: TestClient) -> None:
+    """What the columns stand for is beside them; the rows are those of `tokens`."""
+    answer = generate(client, "né", return_alignments=True, return_tokens=True, num_beams=2, num_return_sequences=2)
+    (output,) = answer["outputs"]
+    assert [token["text"] for token in output["source_tokens"]] == ["n", "", "é", ""]
+    assert [token["id"] for token in output["source_tokens"]] == [113, 198, 172, 2]
+    for sequence in output["sequences"]:
+        assert sequence["alignment"] == [[0.25] * 4] * len(sequence["tokens"])
+    assert "source_tokens" not in generate(client, "a")["outputs"][0]
+
+
+def test_blank_text_has_one_empty_sequence_whatever_is_asked(client: TestClient, engine: FakeEngine) -> None:
+    """Neither a prefix nor a number of sequences makes something of nothing."""
+    options = {"prefix": "ab", "num_beams": 3, "num_return_sequences": 3, "return_alignments": True}
+    assert generate(client, " ", **options)["outputs"] == [
+        {"sequences": [{"text": "", "finish_reason": "stop", "alignment": []}], "source_tokens": []}
+    ]
+    assert engine.submitted == 0
+
+
+def test_a_large_answer_is_the_same(client: TestClient) -> None:
+    """It is rendered in a thread."""
+    options = {"return_tokens": True, "return_alignments": True, "do_sample": True, "num_return_sequences": 16}
+    (alone,) = generate(client, "a" * 40, **options)["outputs"]
+    assert generate(client, ["a" * 40] * 8, **options)["outputs"] == [alone] * 8
 
 
 def test_a_failed_input_fails_its_call_and_cancels_the_others(client: TestClient, engine: FakeEngine) -> None:

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx2 as httpx
 import pytest
@@ -71,7 +72,21 @@ def test_an_unread_small_body_keeps_the_connection(server: RunningServer) -> Non
         assert client.post(f"{server.url}/v1/generate", content=b'{"inputs": "a"}').status_code == 200
 
 
-def test_a_client_that_leaves_cancels_its_sequences(server: RunningServer) -> None:
+BEAMS = {"num_beams": 4, "num_return_sequences": 2}
+SAMPLES = {"do_sample": True, "num_return_sequences": 5}
+
+
+@pytest.mark.parametrize(
+    ("path", "more"),
+    [
+        ("/v1/generate", {}),
+        ("/v1/generate", {"parameters": BEAMS}),
+        ("/v1/generate", {"parameters": SAMPLES}),
+        ("/v1/encode", {}),
+        ("/v1/score", {"targets": ["b"] * 3}),
+    ],
+)
+def test_a_client_that_leaves_cancels_its_sequences(server: RunningServer, path: str, more: dict[str, Any]) -> None:
     """Without a stream: all of them, and the others' go on."""
     server.engine.may_work.clear()
     other: list[int] = []
@@ -81,16 +96,17 @@ def test_a_client_that_leaves_cancels_its_sequences(server: RunningServer) -> No
     )
     thread.start()
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/generate", json={"inputs": ["a"] * 3}, timeout=httpx.Timeout(30, read=0.5))
+        httpx.post(f"{server.url}{path}", json={"inputs": ["a"] * 3, **more}, timeout=httpx.Timeout(30, read=0.5))
     assert eventually(lambda: len(server.engine.cancelled) == 3)
     server.engine.may_work.set()
     thread.join()
     assert other == [200]
 
 
-def test_a_client_that_leaves_a_stream_cancels_its_sequences(server: RunningServer) -> None:
+@pytest.mark.parametrize("parameters", [{}, BEAMS, SAMPLES])
+def test_a_client_that_leaves_a_stream_cancels_its_sequences(server: RunningServer, parameters: object) -> None:
     """After the first events."""
-    body = {"inputs": ["a" * 40, "b" * 40], "stream": True}
+    body = {"inputs": ["a" * 40, "b" * 40], "stream": True, "parameters": parameters}
     with httpx.stream("POST", f"{server.url}/v1/generate", json=body) as response:
         next(response.iter_lines())
     assert eventually(lambda: len(server.engine.cancelled) == 2)

@@ -44,8 +44,8 @@ def events(client: TestClient, inputs: Any, **parameters: Any) -> list[dict[str,
     return found
 
 
-def joined(found: list[dict[str, Any]], index: int = 0) -> str:
-    return "".join(event["text"] for event in found if event["index"] == index)
+def joined(found: list[dict[str, Any]], index: int = 0, sequence: int = 0) -> str:
+    return "".join(event["text"] for event in found if (event["index"], event["sequence"]) == (index, sequence))
 
 
 @pytest.mark.parametrize("text", ["Where is the station?", "é", "汉字 und 🦜🇩🇪", "", " ", "a\n\ndata: b\r\n"])
@@ -53,6 +53,58 @@ def test_joined_texts_are_the_unstreamed_answer(client: TestClient, text: str) -
     """Whatever the text; line ends in it do not break the events."""
     whole = client.post("/v1/generate", json={"inputs": text}).json()["outputs"][0]["sequences"][0]["text"]
     assert joined(events(client, text)) == whole
+
+
+SAMPLES = {"do_sample": True, "num_return_sequences": 3}
+BEAMS = {"num_beams": 3, "num_return_sequences": 3}
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLES, BEAMS, {"return_alternatives": True, "num_return_sequences": 2}])
+@pytest.mark.parametrize("more", [{}, {"prefix": "cé "}, {"stop": ["é d", "zz"]}, {"prefix": "🦜", "stop": "cé"}])
+def test_every_result_joins_to_the_unstreamed_answer(client: TestClient, options: Any, more: Any) -> None:
+    """With prefix and stop strings, greedy, by samples, alternatives and beams; last events carry the extras."""
+    parameters = {**options, **more, "return_scores": True, "return_tokens": True, "return_alignments": True}
+    inputs = ["abcé dee", "cé", "x", ""]
+    whole = client.post("/v1/generate", json={"inputs": inputs, "parameters": parameters}).json()
+    found = events(client, inputs, **parameters)
+    ends = {(event["index"], event["sequence"]): event for event in found if event["finish_reason"]}
+    assert len(ends) == sum(event["finish_reason"] is not None for event in found)
+    for index, output in enumerate(whole["outputs"]):
+        assert sorted(place for other, place in ends if other == index) == list(range(len(output["sequences"])))
+        for place, sequence in enumerate(output["sequences"]):
+            assert joined(found, index, place) == sequence["text"]
+            end = ends[index, place]
+            assert {name: end[name] for name in sequence if name != "text"} == {
+                name: value for name, value in sequence.items() if name != "text"
+            }
+            assert end["source_tokens"] == output["source_tokens"]
+    generated = sum(event["usage"]["generated_tokens"] for event in ends.values())
+    assert generated == whole["usage"]["generated_tokens"]
+
+
+def test_samples_come_side_by_side(client: TestClient) -> None:
+    """Each result has events of its own while all are being made."""
+    found = events(client, "abcdefgh", **SAMPLES)
+    order = [event["sequence"] for event in found]
+    assert set(order[:6]) == {0, 1, 2}
+
+
+def test_beams_are_told_as_far_as_they_agree_and_the_rest_at_the_end(client: TestClient) -> None:
+    """The best one's certain beginning comes early, the others whole."""
+    found = events(client, "abcdefgh", **BEAMS)
+    assert found[0]["sequence"] == 0
+    assert found[0]["finish_reason"] is None
+    assert "abcdefgh".startswith(found[0]["text"])
+    assert [event["text"] for event in found if event["sequence"] == 2] == ["cdefgh"]
+
+
+def test_what_may_become_a_stop_string_is_held_back(client: TestClient) -> None:
+    """And comes when it did not."""
+    found = events(client, "abcabd", stop="abd")
+    said = [event["text"] for event in found]
+    assert "".join(said) == "abc"
+    assert "a" not in said
+    assert events(client, "ab", stop="abd")[-1]["text"] == "ab"
 
 
 def test_an_event_never_holds_half_a_character(client: TestClient) -> None:
@@ -90,7 +142,7 @@ def test_several_inputs_interleave(client: TestClient) -> None:
 def test_a_failure_before_the_first_event_is_a_status(client: TestClient, engine: FakeEngine) -> None:
     """So is everything that is refused without the engine."""
     engine.step_seconds = 0
-    for body, status in (({"inputs": "a" * 99}, 413), ({"inputs": "a", "parameters": {"num_beams": 2}}, 422)):
+    for body, status in (({"inputs": "a" * 99}, 413), ({"inputs": "a", "parameters": {"num_beams": 0}}, 422)):
         assert client.post("/v1/generate", json={**body, "stream": True}).status_code == status
 
 

@@ -20,7 +20,7 @@ import pytest
 import service
 import service.runner
 from service.artifact import Artifact
-from service.batch import Batch, pad
+from service.batch import Batch, StepOutput, pad
 from service.core import Core
 from service.engine import Engine
 from service.errors import ArtifactError, SettingsError
@@ -206,7 +206,7 @@ def test_an_engine_on_a_real_artifact_becomes_ready_and_says_what_it_is(tiny_art
     engine.submit([sequence])
     engine.drain(60)
     assert engine.join(60)
-    assert client.finished(sequence).ids == artifact.manifest.self_test[0].target_ids["cpu"]
+    assert client.result(sequence).ids == artifact.manifest.self_test[0].target_ids["cpu"]
 
 
 # ---- working in place ----
@@ -223,7 +223,8 @@ def test_state_is_read_and_written_in_place(runner: Runner) -> None:
         batch.append([client.generate(source)])
     before = {name: state.read(name).copy() for name in state.names}
     layout = state.layout
-    ids, scores = runner.step(batch, state, 3)
+    output = runner.step(batch, state, 3, logits=False)
+    ids, scores = output.ids, output.log_probabilities
     assert ids.shape == scores.shape == (2, 3)
     assert (np.diff(scores) <= 0).all()
     assert state.layout == layout
@@ -239,10 +240,12 @@ def test_more_candidates_are_a_longer_list_of_the_same(runner: Runner) -> None:
     runner.encode_into(state, *pad([[5, 6, 2]], ladder.first, 0))
     state.append(1)
     batch.append([Client().generate([5, 6, 2])])
-    one = [array.copy() for array in runner.step(batch, state, 1)]
-    many = runner.step(batch, state, 5)
+    one = _copies(runner.step(batch, state, 1, logits=False))
+    many = _copies(runner.step(batch, state, 5, logits=False))
     assert [array[0, 0] for array in many] == [array[0, 0] for array in one]
-    assert [array[0, 0] for array in runner.step(batch, state, 1)] == [array[0, 0] for array in one]
+    assert [array[0, 0] for array in _copies(runner.step(batch, state, 1, logits=False))] == [
+        array[0, 0] for array in one
+    ]
 
 
 def test_the_rehearsal_leaves_nothing_behind(runner: Runner) -> None:
@@ -281,9 +284,52 @@ def test_the_device_path_gives_the_answers_of_the_export(device_runner: Runner) 
     while not core.idle:
         core.iterate()
         core.check_integrity()
-    assert core.state.layout != (0, False), "rows were moved by the reorder graph"
+    assert core.state.layout != (0, (False, False)), "rows were moved by the reorder graph"
     for sequence, ids in answers.items():
-        assert client.finished(sequence).ids == ids
+        assert client.result(sequence).ids == ids
+
+
+def test_searches_on_the_device_path_are_the_same_alone_and_together(
+    device_runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beams, samples and alternatives part, meet and end: their rows are moved by the reorder graph, within a sequence
+    and between sequences, and all that each is told is what it is told alone."""
+    asked: list[dict[str, object]] = [
+        {"num_beams": 4, "num_return_sequences": 4},
+        {"num_beams": 3, "prefix_ids": (7, 8), "repetition_penalty": 1.3},
+        {"do_sample": True, "seed": 1, "num_return_sequences": 3},
+        {"return_alternatives": True, "num_return_sequences": 3},
+        {},
+    ]
+    sources = [test.source_ids for test in device_runner.manifest.self_test]
+    moves: list[bool] = []  # whether the source's state was moved too
+    gather = Runner.gather
+
+    def spy(runner: Runner, state: State, rows_from: np.ndarray, names: list[str]) -> None:
+        moves.append(len(names) == len(state.names))
+        gather(runner, state, rows_from, names)
+
+    monkeypatch.setattr(Runner, "gather", spy)
+
+    def told(calls: list[int], pause: int) -> list[list[object]]:
+        core, client = Core(device_runner, make_metrics(), max_rows=8, encode_tokens=64, clock=Clock()), Client()
+        sequences = []
+        for call in calls:
+            sequences.append(client.generate(sources[call % len(sources)], 16, stream=True, **asked[call % len(asked)]))
+            core.add(sequences[-1:])
+            for _ in range(pause):
+                core.iterate()
+        while not core.idle:
+            core.iterate()
+            core.check_integrity()
+        return [client.told(sequence) for sequence in sequences]
+
+    calls = list(range(12))
+    alone = [told([call], 0)[0] for call in calls]
+    assert told(calls, 0) == alone
+    assert told(calls, 2) == alone
+    assert moves.count(False) > 10
+    assert moves.count(True) > 10
 
 
 def test_a_device_is_given_ids_and_lengths_anew_at_each_step(
@@ -298,8 +344,12 @@ def test_a_device_is_given_ids_and_lengths_anew_at_each_step(
     state.append(1)
     batch.append([Client().generate([5, 2])])
     for _ in range(3):
-        device_runner.step(batch, state, 1)
+        device_runner.step(batch, state, 1, logits=False)
     assert len(bound) == 3
+
+
+def _copies(output: StepOutput) -> list[np.ndarray]:
+    return [output.ids.copy(), output.log_probabilities.copy()]
 
 
 def _copy(artifact: Path, tmp_path: Path) -> Path:

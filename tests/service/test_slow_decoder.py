@@ -35,7 +35,7 @@ def test_the_service_gives_what_the_slow_decoder_gives(tiny_fp32_artifact: Path,
     while not core.idle:
         core.iterate()
     for sequence, expected in zip(generations, greedy_search(model, sources, batch_rows=1), strict=True):
-        finished = client.finished(sequence)
+        finished = client.result(sequence)
         assert finished.ids == expected.ids
         assert sum(finished.log_probabilities) == pytest.approx(expected.log_probability, abs=1e-4)
     for sequence, source in zip(encodings, sources, strict=True):

@@ -90,32 +90,34 @@ def test_a_batch_is_its_texts(tokenizer: Tokenizer) -> None:
 
 @given(ids=st.lists(st.integers(0, 309), max_size=30))
 def test_joined_pieces_are_the_whole(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """For any ids that a model may say: broken characters, special tokens, ids that no token has."""
-    detokenizer = tokenizer.detokenizer()
-    pieces = [detokenizer.push([id]) for id in ids]
-    pieces.append(detokenizer.finish())
-    assert "".join(pieces) == tokenizer.decode(ids)
+    """For any ids that a model may say: broken characters, special tokens, ids that no token has. And the whole is
+    what the library makes of them."""
+    pieces = tokenizer.detokenizer().pieces()
+    said = [pieces.push([id]) for id in ids]
+    said.append(pieces.finish())
+    assert "".join(said) == tokenizer.decode(ids) == tokenizer.detokenizer().text(ids)
+    assert tokenizer.decode(ids) == tokenizer._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @given(text=st.text(alphabet=st.characters(min_codepoint=0x80, exclude_categories=["Cs"]), max_size=12))
 def test_a_stream_never_shows_half_a_character(tokenizer: Tokenizer, text: str) -> None:
     """Every piece is a part of the text; an emoji that is four tokens comes with the last of them."""
-    detokenizer, shown = tokenizer.detokenizer(), ""
+    pieces, shown = tokenizer.detokenizer().pieces(), ""
     for id in tokenizer.encode(text):
-        shown += detokenizer.push([id])
+        shown += pieces.push([id])
         assert text.startswith(shown)
     assert shown == text
-    assert detokenizer.finish() == ""
+    assert pieces.finish() == ""
 
 
 def test_an_emoji_split_over_tokens_comes_at_once(tokenizer: Tokenizer) -> None:
     """Nothing, nothing, nothing, then the character; left incomplete it becomes one U+FFFD, as in the whole."""
     ids = [next(id for id in range(3, 310) if tokenizer._bytes[id] == bytes([byte])) for byte in "🦩".encode()]
-    detokenizer = tokenizer.detokenizer()
-    assert [detokenizer.push([id]) for id in ids] == ["", "", "", "🦩"]
-    detokenizer = tokenizer.detokenizer()
-    assert detokenizer.push(ids[:3]) == ""
-    assert detokenizer.finish() == "\ufffd" == tokenizer.decode(ids[:3])
+    pieces = tokenizer.detokenizer().pieces()
+    assert [pieces.push([id]) for id in ids] == ["", "", "", "🦩"]
+    pieces = tokenizer.detokenizer().pieces()
+    assert pieces.push(ids[:3]) == ""
+    assert pieces.finish() == "\ufffd" == tokenizer.decode(ids[:3])
     assert tokenizer.token(ids[0]) == "\ufffd"
 
 
@@ -125,6 +127,19 @@ def test_a_token_has_a_text_of_its_own(tokenizer: Tokenizer) -> None:
         ids = tokenizer.encode(text)[:-1]
         assert "".join(tokenizer.token(id) for id in ids) == text
     assert tokenizer.token(2) == ""
+
+
+def test_prefix_and_stop_strings_are_texts(tokenizer: Tokenizer) -> None:
+    """In every script."""
+    ids = tokenizer.encode("ein grüner Zug")
+    assert tokenizer.detokenizer("日本 ", ["ün", "Zug"]).text(ids) == "日本 ein gr"
+
+
+def test_the_vocabulary_is_that_of_the_tokens(tokenizer: Tokenizer) -> None:
+    """Special tokens have no bytes, so that no text is found in them."""
+    ids = tokenizer.encode("the train")
+    assert b"".join(tokenizer.vocabulary.token_bytes[id] for id in ids) == b"the train"
+    assert all(tokenizer.vocabulary.token_bytes[id] == b"" for id in (0, 1, 2))
 
 
 @pytest.mark.parametrize("broken", ["not json", "no decoder", "too many tokens"])

@@ -1,0 +1,68 @@
+"""POST /v1/score: pairs of texts in, the log-probability of each second one, given the first, out."""
+
+import asyncio
+import uuid
+from functools import partial
+from typing import Any
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from service import answer
+from service.call import Call, EngineRefusal, Mailbox
+from service.schemas import ScoreRequest
+from service.sequence import Failed, Scored, Sequence
+from service.served_model import ServedModel
+
+_INLINE_TOKENS = 2000
+"""Answers about fewer tokens are rendered on the event loop: sooner done than a thread is woken."""
+
+
+async def score(model: ServedModel, mailbox: Mailbox, asked: ScoreRequest, request: Request) -> Response:
+    """Answer one request. An empty text is its end token alone, on either side."""
+    model.require_name(asked.model)
+    deadline = model.deadline(None)
+    sources = await model.source_ids(dict(enumerate(asked.inputs)), truncate=asked.truncate)
+    targets = await model.target_ids(dict(enumerate(asked.targets)))
+    with Call(model.engine, mailbox) as call:
+        sequences = {
+            index: Sequence(ids, call.listener(index), kind="score", target_ids=targets[index], deadline=deadline)
+            for index, ids in sources.items()
+        }
+        call.submit(sequences, request.receive)
+        scored = await _all_scored(call)
+    target_tokens = sum(map(len, targets.values()))
+    outputs = partial(_outputs, model, asked, targets, scored)
+    body = {
+        "id": f"score-{uuid.uuid4().hex}",
+        "model": model.artifact.name,
+        "outputs": outputs() if target_tokens < _INLINE_TOKENS else await asyncio.to_thread(outputs),
+        "usage": {"source_tokens": sum(map(len, sources.values())), "target_tokens": target_tokens},
+    }
+    return Response(orjson.dumps(body), media_type="application/json")
+
+
+async def _all_scored(call: Call) -> dict[int, Scored]:
+    scored: dict[int, Scored] = {}
+    while call.open:
+        for index, event in await call.events():
+            if isinstance(event, Failed):
+                raise EngineRefusal(event.error)
+            if isinstance(event, Scored):
+                scored[index] = event
+    return scored
+
+
+def _outputs(
+    model: ServedModel, asked: ScoreRequest, targets: dict[int, list[int]], scored: dict[int, Scored]
+) -> list[orjson.Fragment]:
+    """The outputs in order, as JSON."""
+    outputs = []
+    for index, ids in targets.items():
+        log_probabilities = scored[index].log_probabilities
+        output: dict[str, Any] = {"score": answer.score(log_probabilities)}
+        if asked.return_tokens:
+            output["tokens"] = answer.tokens(model.tokenizer, ids, log_probabilities)
+        outputs.append(orjson.Fragment(orjson.dumps(output)))
+    return outputs
