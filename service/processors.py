@@ -10,7 +10,6 @@ from typing import Self
 
 from service.settings import Settings
 
-
 _FEWEST_ROWS = 16
 """Of a worker that nobody asked for."""
 
