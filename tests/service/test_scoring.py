@@ -72,7 +72,8 @@ def step(runner: Runner, source: list[int], target: list[int]) -> list[float]:
     batch.append([Client().generate(source)])
     found = []
     for id in target:
-        ids, log_probabilities = runner.step(batch, state, manifest.vocab_size - 2)[:2]
+        output = runner.step(batch, state, manifest.vocab_size - 2, logits=False)
+        ids, log_probabilities = output.ids, output.log_probabilities
         (place,) = np.flatnonzero(ids[0] == id)
         found.append(float(log_probabilities[0, place]))
         batch.take(np.array([id]), np.array([0], np.float32))
