@@ -242,7 +242,9 @@ def test_the_real_service_is_measured(load_flags: list[str], served: str, data: 
         assert (point.first_token is None) == ("--stream" not in load_flags)
         assert point.server is not None
         assert point.server.rows_per_step is not None
-        assert 1 <= point.server.rows_per_step <= 8
+        # A page of metrics is not read at one moment: the sum may hold one step that the count does not have yet.
+        one_step = 8 / point.server.steps
+        assert 1 - one_step <= point.server.rows_per_step <= 8 + one_step
         assert point.server.padding_share is not None
         assert point.server.first_token_seconds is not None
         assert point.server.resident_bytes is not None
