@@ -6,6 +6,9 @@ least one is always admitted if there is room, however long it is. A newcomer's 
 with it: the encoder computes tokens, and only its attention, a small part for short texts, works on padded rows. So
 lengths that share an encoder call are those within a factor of two.
 
+An encoder call reads all of the encoder's weights, for however few tokens. So newcomers who would be few beside those
+that run wait for company, some steps at most; a row that is free meanwhile costs less than the calls that are saved.
+
 A sequence that searches has as many rows set aside from the beginning as it may come to need, so it never has to wait
 half-way. Encodings and scores need no row. So there are two lines, and when all rows are taken those without pass
 those who wait for rows: they delay them by nothing, since a row that becomes free goes to the oldest in line, before
@@ -24,6 +27,12 @@ from service.sequence import Kind, Sequence, Stage
 
 _SHORT = 16
 """Sources up to this length share a call, however short."""
+
+_COMPANY = 4
+"""Newcomers are few if they are less than one for so many running sequences."""
+
+_MOST_HELD = 4
+"""Steps that newcomers wait for company at most."""
 
 
 @dataclass(slots=True)
@@ -62,6 +71,7 @@ class Scheduler:
         self._lines: dict[bool, OrderedDict[Sequence, int]] = {True: OrderedDict(), False: OrderedDict()}  # needs rows?
         self._running: set[Sequence] = set()
         self._next_deadline = math.inf  # no waiting sequence has an earlier one
+        self._held = 0  # how often newcomers with rows were held back since the last were let in
 
     @property
     def waiting(self) -> int:
@@ -102,10 +112,14 @@ class Scheduler:
         return [sequence for deadline, sequence in hurried if deadline <= now]
 
     def admit(self) -> list[Group]:
-        """Take from the line what fits into the free rows and the budget. They are running from now on."""
+        """Take from the line what fits into the free rows and the budget. They are running from now on.
+
+        To be called once for each step: who waits for company waits for a number of calls.
+        """
+        with_rows = not self._wait_for_company()
         groups: dict[tuple[Kind, int, int], Group] = {}
         spent = 0
-        while (sequence := self._oldest_that_fits()) is not None:
+        while (sequence := self._oldest_that_fits(with_rows)) is not None:
             length = len(sequence.source_ids)
             target_length = 0 if sequence.target_ids is None else self._target.rung(len(sequence.target_ids))
             if spent and spent + length + target_length > self.encode_tokens:
@@ -156,8 +170,18 @@ class Scheduler:
         del self._lines[sequence.rows > 0][sequence]
         self.left_line += 1
 
-    def _oldest_that_fits(self) -> Sequence | None:
-        heads = [(line[head], head) for line in self._lines.values() if (head := next(iter(line), None)) is not None]
+    def _wait_for_company(self) -> bool:
+        """Whether those who need rows had better come in later."""
+        line = self._lines[True]
+        could_come = min(len(line), self.rows_free // next(iter(line)).rows) if line else 0
+        wait = 0 < could_come * _COMPANY < self.running and self._held < _MOST_HELD
+        if could_come:
+            self._held = self._held + 1 if wait else 0
+        return wait
+
+    def _oldest_that_fits(self, with_rows: bool) -> Sequence | None:
+        lines = [line for needs_rows, line in self._lines.items() if with_rows or not needs_rows]
+        heads = [(line[head], head) for line in lines if (head := next(iter(line), None)) is not None]
         heads = [(arrival, head) for arrival, head in heads if head.rows <= self.rows_free]
         return min(heads, default=(0, None), key=lambda entry: entry[0])[1]
 

@@ -14,6 +14,7 @@ from tests.service.fakes import Client
 
 LADDER = Ladder([8, 16, 24, 32])
 CLIENT = Client()
+MAX_ROWS = 7
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -23,11 +24,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(max_rows=3, encode_tokens=32, source=LADDER, target=LADDER)
+        self.scheduler = Scheduler(max_rows=MAX_ROWS, encode_tokens=32, source=LADDER, target=LADDER)
         self.now = 0.0
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.came = 0
+        self.held = 0
 
     @rule(
         target=sequences,
@@ -57,11 +59,18 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def admit(self) -> None:
-        """The oldest go first, within both budgets, in groups of similar lengths, padded to the longest."""
-        free = 3 - sum(sequence.rows for sequence in self.running)
+        """The oldest go first, within both budgets, in groups of similar lengths, padded to the longest.
+
+        Those who need rows wait up to four steps if they are fewer than a fourth of those that run.
+        """
+        free = MAX_ROWS - sum(sequence.rows for sequence in self.running)
+        fitting = min(free, sum(sequence.rows > 0 for sequence in self.waiting))
+        few = 0 < fitting < len(self.running) / 4 and self.held < 4
+        if fitting:
+            self.held = self.held + 1 if few else 0
         expected, spent = [], 0
         for sequence in self.waiting:
-            if sequence.rows > free:
+            if sequence.rows > (0 if few else free):
                 continue  # every later one of its kind finds no row either
             cost = len(sequence.source_ids)
             if expected and spent + cost > 32:
@@ -106,7 +115,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def nobody_starves(self) -> None:
         """If rows are free, admitting would take the oldest of all, whatever it costs."""
         if self.waiting and self.scheduler.rows_free:
-            assert self.scheduler._oldest_that_fits() is self.waiting[0]
+            assert self.scheduler._oldest_that_fits(with_rows=True) is self.waiting[0]
 
 
 SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -146,6 +155,40 @@ def test_encodings_pass_those_who_wait_for_a_row() -> None:
     scheduler.finish(running)
     scheduler.add([later])
     assert [group.sequences for group in scheduler.admit()] == [[waits]]
+
+
+def test_a_newcomer_beside_many_waits_for_company_but_not_for_long() -> None:
+    """Four steps at most, and no step once they are a fourth of those that run."""
+    scheduler = _scheduler(max_rows=16, encode_tokens=64)
+    scheduler.add([CLIENT.generate([5]) for _ in range(8)])
+    assert sum(len(group.sequences) for group in scheduler.admit()) == 8
+    alone = CLIENT.generate([5])
+    scheduler.add([alone])
+    assert [scheduler.admit() for _ in range(4)] == [[], [], [], []]
+    assert [group.sequences for group in scheduler.admit()] == [[alone]]
+    pair = [CLIENT.generate([5]), CLIENT.generate([5])]
+    scheduler.add(pair[:1])
+    assert scheduler.admit() == []
+    scheduler.finish(next(iter(set(scheduler.all_running()) - {alone})))
+    scheduler.add(pair[1:])
+    assert [group.sequences for group in scheduler.admit()] == [pair]
+
+
+def test_beside_few_a_newcomer_comes_at_once() -> None:
+    """An idle service does not let anybody wait."""
+    scheduler = _scheduler(max_rows=16)
+    for _ in range(5):
+        scheduler.add([CLIENT.generate([5])])
+        assert len(scheduler.admit()) == 1
+
+
+def test_encodings_wait_for_no_company() -> None:
+    """They take no row, so no step is dearer for them."""
+    scheduler = _scheduler(max_rows=16, encode_tokens=64)
+    scheduler.add([CLIENT.generate([5]) for _ in range(8)])
+    scheduler.admit()
+    scheduler.add([CLIENT.generate([5]), passing := CLIENT.encode([5])])
+    assert [group.sequences for group in scheduler.admit()] == [[passing]]
 
 
 def test_broken_books_are_reported_with_the_numbers() -> None:
