@@ -21,6 +21,7 @@ PREFIX = "TRANSDUCE_"
 DEFAULT_MODEL = str(Path(__file__).parent / "artifacts" / "tatoeba-en-de")
 """The artifact that is shipped with the service."""
 
+_NOTHING: Mapping[str, object] = {}
 _NAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*=")
 
 Provider = Literal["auto", "cpu", "cuda"]
@@ -124,15 +125,21 @@ class Settings:
         return Path(_split_model(self.model)[1])
 
 
-def add_arguments(parser: argparse.ArgumentParser, only: Iterable[str] | None = None) -> None:
-    """One flag for each field (or for those named in `only`). No defaults: a flag that was not given is absent."""
+def add_arguments(
+    parser: argparse.ArgumentParser, only: Iterable[str] | None = None, defaults: Mapping[str, object] = _NOTHING
+) -> None:
+    """One flag for each field (or for those named in `only`); `defaults` are named where they are not the field's own.
+
+    The parser itself has no defaults: a flag that was not given is absent.
+    """
     chosen = None if only is None else set(only)
     hints = get_type_hints(Settings)
     for spec in fields(Settings):
         if chosen is not None and spec.name not in chosen:
             continue
         kind, flag = hints[spec.name], "--" + spec.name.replace("_", "-")
-        text = f"{spec.metadata['help']} [{variable(spec.name)}; {_default_text(spec)}]".replace("%", "%%")
+        default = _default_text(spec, defaults.get(spec.name, spec.default))
+        text = f"{spec.metadata['help']} [{variable(spec.name)}; {default}]".replace("%", "%%")
         if kind is bool:
             action = argparse.BooleanOptionalAction
             parser.add_argument(
@@ -156,8 +163,9 @@ def add_arguments(parser: argparse.ArgumentParser, only: Iterable[str] | None = 
 def read_settings(
     arguments: argparse.Namespace | None = None,
     environ: Mapping[str, str] | None = None,
+    defaults: Mapping[str, object] = _NOTHING,
 ) -> tuple[Settings, list[str]]:
-    """Settings from parsed flags and the environment, and warnings for a person to read.
+    """Settings from parsed flags, the environment and `defaults`, and warnings for a person to read.
 
     Raises SettingsError naming the flag or the variable whose value is wrong. An unknown `TRANSDUCE_*` variable is a
     warning, and so is the address that Kubernetes puts into `TRANSDUCE_PORT` for a Service named transduce.
@@ -166,7 +174,7 @@ def read_settings(
     flags: dict[str, object] = {} if arguments is None else vars(arguments)
     known = {spec.name: spec for spec in fields(Settings)}
     hints = get_type_hints(Settings)
-    values: dict[str, object] = {}
+    values = dict(defaults)
     warnings: list[str] = []
     for key in sorted(key for key in environ if key.startswith(PREFIX)):
         name, text = key.removeprefix(PREFIX).lower(), environ[key]
@@ -202,10 +210,9 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message}. See transduce serve --help.")
 
 
-def _default_text(spec: Field[Any]) -> str:
+def _default_text(spec: Field[Any], value: object) -> str:
     if spec.name == "model":
         return "default: the artifact shipped with the service"
-    value = spec.default
     assert value is not MISSING
     return f"default: {str(value).lower() if isinstance(value, bool) else value}"
 

@@ -12,6 +12,9 @@ from service.errors import SettingsError, ValidationFailed
 from service.settings import add_arguments, read_settings
 
 _SETTINGS = ("model", "provider", "device_id", "workers", "threads", "spinning", "max_rows", "encode_tokens")
+DEFAULTS = {"max_rows": 256}
+"""What differs from the service's defaults: nobody waits for a single line, so more of them share a step."""
+
 _PARAMETERS = (
     "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping", "do_sample", "temperature",
     "top_k", "top_p", "seed", "repetition_penalty", "no_repeat_ngram_size", "stop", "suppress", "prefix",
@@ -33,7 +36,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--input", default="-", metavar="FILE", help="text, a line each; - is standard input (default)")
     parser.add_argument("--output", default="-", metavar="FILE", help="where to write; - is standard output (default)")
     parser.add_argument("--truncate", action="store_true", help="cut lines that are too long instead of stopping there")
-    add_arguments(parser, only=_SETTINGS)
+    add_arguments(parser, only=_SETTINGS, defaults=DEFAULTS)
     parser.set_defaults(func=run)
     parse = parser.parse_known_args
 
@@ -50,7 +53,7 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     """Translate; the exit status."""
-    settings, warnings = read_settings(arguments)
+    settings, warnings = read_settings(arguments, defaults=DEFAULTS)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 

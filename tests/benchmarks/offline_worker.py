@@ -30,15 +30,16 @@ class Transduce:
     """What `transduce translate` runs: lines of a stream through the engine that serves."""
 
     def __init__(self, artifact: str) -> None:
+        from service.commands.translate import DEFAULTS
         from service.served_model import load
-        from service.settings import Settings
+        from service.settings import read_settings
 
-        self._model = load(Settings(model=artifact))
+        self._model = load(read_settings(environ={}, defaults={**DEFAULTS, "model": artifact})[0])
         self._model.engine.start()
         self._model.engine.wait_ready()
 
     def translate(self, texts: list[str], num_beams: int) -> list[str]:
-        """With the defaults of every setting."""
+        """With the command's defaults of every setting."""
         from service.parameters import Parameters
         from service.translation import Translation
 

@@ -125,3 +125,14 @@ def test_an_object_made_by_hand_is_checked_too() -> None:
     """The bounds are the fields', not the parser's."""
     with pytest.raises(SettingsError, match="max_rows: 0"):
         Settings(max_rows=0)
+
+
+def test_a_command_may_have_defaults_of_its_own() -> None:
+    """A flag and a variable go before them, and its manual names them."""
+    defaults = {"max_rows": 256}
+    assert read_settings(environ={}, defaults=defaults)[0].max_rows == 256
+    assert read_settings(environ={"TRANSDUCE_MAX_ROWS": "8"}, defaults=defaults)[0].max_rows == 8
+    assert read_settings(argparse.Namespace(max_rows="9"), {}, defaults)[0].max_rows == 9
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, ["max_rows"], defaults)
+    assert "[TRANSDUCE_MAX_ROWS; default: 256]" in " ".join(parser.format_help().split())
