@@ -1,7 +1,6 @@
 """POST /v1/encode: texts in, vectors out."""
 
 import asyncio
-import uuid
 from collections.abc import Mapping
 
 import orjson
@@ -10,6 +9,7 @@ from starlette.responses import Response
 
 from service.call import Call, EngineRefusal, Mailbox
 from service.errors import TooLarge
+from service.request_id import make_request_id
 from service.schemas import EncodeRequest
 from service.sequence import Encoded, Failed, Floats, Sequence
 from service.served_model import ServedModel
@@ -39,7 +39,7 @@ async def encode(model: ServedModel, mailbox: Mailbox, asked: EncodeRequest, req
         call.submit(sequences, request.receive)
         vectors = await _all_encoded(call, asked)
     body = {
-        "id": f"enc-{uuid.uuid4().hex}",
+        "id": f"enc-{make_request_id()}",
         "model": model.artifact.name,
         "usage": {"source_tokens": source_tokens},
     }

@@ -1,7 +1,6 @@
 """POST /v1/generate: texts in, generated texts out, at once or as a stream."""
 
 import asyncio
-import uuid
 
 import orjson
 from starlette.requests import Request
@@ -11,6 +10,7 @@ from service import answer
 from service.call import Call, EngineRefusal, Mailbox
 from service.errors import TooLarge
 from service.generation import Generation
+from service.request_id import make_request_id
 from service.schemas import GenerateRequest
 from service.sequence import Failed, Finished, GenerateParameters
 from service.served_model import ServedModel
@@ -42,7 +42,7 @@ async def generate(model: ServedModel, mailbox: Mailbox, asked: GenerateRequest,
     _require_size(asked, parameters, sources, max(MAX_SEQUENCES, model.settings.max_inputs))
     prefix = model.tokenizer.decode(parameters.prefix_ids)
     detokenizer = model.tokenizer.detokenizer(prefix, asked.parameters.stop)
-    generation = Generation(f"gen-{uuid.uuid4().hex}", model, asked, sources, parameters, detokenizer, deadline)
+    generation = Generation(f"gen-{make_request_id()}", model, asked, sources, parameters, detokenizer, deadline)
     if asked.stream:
         return await EventStream.begin(generation, Call(model.engine, mailbox), request)
     with Call(model.engine, mailbox) as call:

@@ -1,7 +1,6 @@
 """POST /v1/score: pairs of texts in, the log-probability of each second one, given the first, out."""
 
 import asyncio
-import uuid
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ from starlette.responses import Response
 
 from service import answer
 from service.call import Call, EngineRefusal, Mailbox
+from service.request_id import make_request_id
 from service.schemas import ScoreRequest
 from service.sequence import Failed, Scored, Sequence
 from service.served_model import ServedModel
@@ -35,7 +35,7 @@ async def score(model: ServedModel, mailbox: Mailbox, asked: ScoreRequest, reque
     target_tokens = sum(map(len, targets.values()))
     outputs = partial(_outputs, model, asked, targets, scored)
     body = {
-        "id": f"score-{uuid.uuid4().hex}",
+        "id": f"score-{make_request_id()}",
         "model": model.artifact.name,
         "outputs": outputs() if target_tokens < _INLINE_TOKENS else await asyncio.to_thread(outputs),
         "usage": {"source_tokens": sum(map(len, sources.values())), "target_tokens": target_tokens},

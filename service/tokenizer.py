@@ -7,8 +7,12 @@ thread.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 
+# Read at the first call. The engine's threads keep every processor busy: to hand a text over to yet another thread
+# takes longer than tokenising it.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
 from tokenizers import pre_tokenizers
 
