@@ -23,7 +23,7 @@ from model.search import Hypothesis
 
 Array = NDArray[Any]
 
-_ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _FIRST_CAPACITY = 16
 
 

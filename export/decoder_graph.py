@@ -11,9 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from export.layers import Bounded, FloatLinear, IntegerLinear, IntegerMatrix, TokenEmbedding, fused_linear
+from export.integer_state import IntegerState, heads_bound
+from export.layers import (
+    Bounded,
+    FloatLinear,
+    IntegerLinear,
+    IntegerMatrix,
+    TokenEmbedding,
+    fused_linear,
+    last_linear,
+)
 from export.ops import (
     cached_attention_over_lengths,
+    cross_attention_of_integers,
     cross_attention_rewriting,
     cross_attention_step,
     self_attention_step,
@@ -23,11 +33,12 @@ from export.ops import (
     top,
 )
 from export.profile import Profile
+from export.spread import Activations, decoder_residuals, memory_of, read_by
 from export.sublayers import FeedForwardGraph, ResidualStream
 from model.transformer import DecoderLayer, MultiHeadAttention, Transformer
 
-Attends = Callable[[MultiHeadAttention, Profile], nn.Module]
-"""Makes the module of an attention out of the trained one."""
+Attends = Callable[[MultiHeadAttention, Profile, Activations], nn.Module]
+"""Makes the module of an attention out of the trained one, and of what its keys and values are made of."""
 
 
 def state_names(layer: int) -> tuple[str, str, str, str]:
@@ -54,39 +65,48 @@ class Places:
 
 
 class SelfAttentionGraph(nn.Module):
-    """Attention of one new position over the target so far, without its last bias."""
+    """Attention of one new position over the target so far."""
 
-    def __init__(self, trained: MultiHeadAttention, profile: Profile) -> None:
+    def __init__(self, trained: MultiHeadAttention, profile: Profile, context: Activations) -> None:
         super().__init__()
         self.num_heads = trained.num_heads
         self.grouped = profile.self_attention == "group_query"
         self.packed = fused_linear([trained.query, trained.key, trained.value], profile.integer_products)
-        self.output = fused_linear([trained.output], profile.integer_products, bias=False)
+        self.output = last_linear(trained.output, profile.integer_products)
+        self.bound = heads_bound(trained, context) if profile.integer_products else None
+        self.state = IntegerState(trained, context) if profile.integer_state else None
 
     def forward(self, x: Tensor | Bounded, places: Places, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, 1, D), caches (B, H, C, K) -> (B, 1, D), and both caches with the new position."""
         packed = self.packed(x)  # (B, 1, 3 * D)
         if self.grouped:
             last, bound = places.last_target, places.target_capacity
-            heads, key, value = self_attention_step(packed, key, value, last, bound, self.num_heads)
-            return self.output(heads), key, value
+            scales = None if self.state is None else self.state.scales
+            heads, key, value = self_attention_step(packed, key, value, last, bound, self.num_heads, scales)
+            return self.output(_bounded(heads, self.bound)), key, value
         shape = (packed.shape[0], 3, self.num_heads, 1, packed.shape[2] // (3 * self.num_heads))
         query, new_key, new_value = packed.reshape(shape).unbind(1)  # three (B, H, 1, K)
         key = tensor_scatter(key, new_key, places.positions)
         value = tensor_scatter(value, new_value, places.positions)
         heads = cached_attention_over_lengths(query, key, value, places.positions + 1)  # (B, H, 1, K)
-        return self.output(heads.reshape(x.shape)), key, value
+        return self.output(_bounded(heads.reshape(x.shape), self.bound)), key, value
+
+
+def _bounded(heads: Tensor, bound: float | None) -> Tensor | Bounded:
+    return heads if bound is None else Bounded.up_to(heads, bound)
 
 
 class CrossAttentionGraph(nn.Module):
-    """Attention of one new position over the source, without its last bias."""
+    """Attention of one new position over the source."""
 
-    def __init__(self, trained: MultiHeadAttention, profile: Profile) -> None:
+    def __init__(self, trained: MultiHeadAttention, profile: Profile, context: Activations) -> None:
         super().__init__()
         self.num_heads = trained.num_heads
         self.kind = profile.cross_attention
         self.query = fused_linear([trained.query], profile.integer_products)
-        self.output = fused_linear([trained.output], profile.integer_products, bias=False)
+        self.output = last_linear(trained.output, profile.integer_products)
+        self.bound = heads_bound(trained, context) if profile.integer_products else None
+        self.state = IntegerState(trained, context) if profile.integer_state else None
 
     def forward(self, x: Tensor | Bounded, places: Places, key: Tensor, value: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x (B, 1, D), the source's keys and values (B, H, C, K) -> (B, 1, D), and what had to be written back."""
@@ -94,12 +114,15 @@ class CrossAttentionGraph(nn.Module):
         if self.kind == "attention":
             shape = (x.shape[0], self.num_heads, 1, x.shape[2] // self.num_heads)
             heads = cached_attention_over_lengths(query.reshape(shape), key, value, places.lengths)
-            return self.output(heads.reshape(x.shape)), []
+            return self.output(_bounded(heads.reshape(x.shape), self.bound)), []
         arguments = (query, key, value, places.last_source, places.source_capacity, self.num_heads)
-        if self.kind == "group_query":
-            return self.output(cross_attention_step(*arguments)), []
-        heads, next_key, next_value = cross_attention_rewriting(*arguments)
-        return self.output(heads), [next_key, next_value]
+        if self.kind == "group_query" and self.state is None:
+            return self.output(_bounded(cross_attention_step(*arguments), self.bound)), []
+        if self.state is not None:
+            heads, next_key, next_value = cross_attention_of_integers(*arguments, self.state.scales)
+        else:
+            heads, next_key, next_value = cross_attention_rewriting(*arguments)
+        return self.output(_bounded(heads, self.bound)), [next_key, next_value]
 
 
 def best_tokens(scores: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,18 +157,22 @@ class DecoderStack(nn.Module):
         matrix = IntegerMatrix(model.target_embedding.tokens.weight) if integer else None
         self.embedding = TokenEmbedding(model.target_embedding, matrix)
         layers = [layer for layer in model.decoder if isinstance(layer, DecoderLayer)]
-        self.self_attentions = nn.ModuleList(self_attention(layer.self_attention, profile) for layer in layers)
-        self.cross_attentions = nn.ModuleList(cross_attention(layer.cross_attention, profile) for layer in layers)
-        self.feed_forwards = nn.ModuleList(FeedForwardGraph(layer.feed_forward, integer) for layer in layers)
-        residuals = [
-            (layer.self_attention_residual, layer.cross_attention_residual, layer.feed_forward_residual)
-            for layer in layers
-        ]
+        residuals = decoder_residuals(model)
+        reads, memory = read_by(model.target_embedding, residuals), memory_of(model)
+        self.self_attentions = nn.ModuleList(
+            self_attention(layer.self_attention, profile, reads[3 * number]) for number, layer in enumerate(layers)
+        )
+        self.cross_attentions = nn.ModuleList(
+            cross_attention(layer.cross_attention, profile, memory) for layer in layers
+        )
+        self.feed_forwards = nn.ModuleList(
+            FeedForwardGraph(layer.feed_forward, integer, reads[3 * number + 2]) for number, layer in enumerate(layers)
+        )
         linears = [
             (layer.self_attention.output, layer.cross_attention.output, layer.feed_forward.outer) for layer in layers
         ]
         self.stream = ResidualStream(
-            [part for parts in residuals for part in parts],
+            residuals,
             [part for parts in linears for part in parts],
             model.decoder_norm,
             profile,

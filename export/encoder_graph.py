@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from export.layers import Bounded, IntegerMatrix, TokenEmbedding, fused_linear
-from export.ops import arange, attention_over_lengths, elements_of, masked_attention, rows_of, split_rows
+from export.integer_state import IntegerState, heads_bound, in_steps
+from export.layers import Bounded, IntegerMatrix, TokenEmbedding, fused_linear, last_linear
+from export.ops import arange, attention_over_lengths, elements_of, masked_attention, rows_of, signed, split_rows
 from export.profile import Profile
+from export.spread import Activations, encoder_residuals, memory_of, read_by
 from export.sublayers import FeedForwardGraph, ResidualStream
 from model.transformer import DecoderLayer, EncoderLayer, MultiHeadAttention, Transformer
 
@@ -40,21 +42,23 @@ class Packing:
 
 
 class EncoderAttentionGraph(nn.Module):
-    """Self-attention over the source, without its last bias."""
+    """Self-attention over the source."""
 
-    def __init__(self, trained: MultiHeadAttention, profile: Profile) -> None:
+    def __init__(self, trained: MultiHeadAttention, profile: Profile, reads: Activations) -> None:
         super().__init__()
         self.num_heads = trained.num_heads
         self.attend = {"attention": attention_over_lengths, "multi_head": masked_attention}[profile.whole_attention]
         self.packed = fused_linear([trained.query, trained.key, trained.value], profile.integer_products)
-        self.output = fused_linear([trained.output], profile.integer_products, bias=False)
+        self.output = last_linear(trained.output, profile.integer_products)
+        self.bound = heads_bound(trained, reads) if profile.integer_products else None
 
     def forward(self, x: Tensor | Bounded, packing: Packing) -> Tensor:
         """x (P, D) -> (P, D)."""
         parts = split_rows(self.packed(x), x.shape[1])  # (P * 3, D)
         query, key, value = (rows_of(parts, packing.tokens * 3 + part) for part in range(3))  # three (B, S, D)
         heads = self.attend(query, key, value, packing.lengths, self.num_heads)  # (B, S, D)
-        y: Tensor = self.output(elements_of(heads, packing.places))
+        heads = elements_of(heads, packing.places)  # (P, D)
+        y: Tensor = self.output(heads if self.bound is None else Bounded.up_to(heads, self.bound))
         return y
 
 
@@ -71,15 +75,33 @@ class EncoderGraph(nn.Module):
         matrix = IntegerMatrix(model.source_embedding.tokens.weight) if integer else None
         self.embedding = TokenEmbedding(model.source_embedding, matrix)
         layers = [layer for layer in model.encoder if isinstance(layer, EncoderLayer)]
-        self.attentions = nn.ModuleList(EncoderAttentionGraph(layer.self_attention, profile) for layer in layers)
-        self.feed_forwards = nn.ModuleList(FeedForwardGraph(layer.feed_forward, integer) for layer in layers)
+        residuals = encoder_residuals(model)
+        reads = read_by(model.source_embedding, residuals)
+        self.attentions = nn.ModuleList(
+            EncoderAttentionGraph(layer.self_attention, profile, reads[2 * number])
+            for number, layer in enumerate(layers)
+        )
+        self.feed_forwards = nn.ModuleList(
+            FeedForwardGraph(layer.feed_forward, integer, reads[2 * number + 1]) for number, layer in enumerate(layers)
+        )
         self.stream = ResidualStream(
-            [part for layer in layers for part in (layer.self_attention_residual, layer.feed_forward_residual)],
+            residuals,
             [part for layer in layers for part in (layer.self_attention.output, layer.feed_forward.outer)],
             model.encoder_norm,
             profile,
         )
-        self.cross = fused_linear([part for a in _cross_attentions(model) for part in (a.key, a.value)], integer)
+        self.integer_state = profile.integer_state
+        self.cross = fused_linear(self._keys_and_values(model), integer)
+
+    def _keys_and_values(self, model: Transformer) -> list[nn.Linear]:
+        found = []
+        for attention in _cross_attentions(model):
+            layers = [attention.key, attention.value]
+            if self.integer_state:
+                scales = IntegerState(attention, memory_of(model)).scales
+                layers = [in_steps(layer, scale) for layer, scale in zip(layers, scales, strict=True)]
+            found += layers
+        return found
 
     def forward(self, source_ids: Tensor, source_lengths: Tensor, source_capacity: Tensor) -> tuple[Tensor, ...]:
         """source_ids (B, S), source_lengths (B,), source_capacity () -> memory (B, S, D) float32, and for each decoder
@@ -92,7 +114,8 @@ class EncoderGraph(nn.Module):
         for number, (attention, feed_forward) in enumerate(zip(self.attentions, self.feed_forwards, strict=True)):
             total, x = self.stream.add(2 * number, total, attention(x, packing))
             total, x = self.stream.add(2 * number + 1, total, feed_forward(x))  # both (P, D)
-        cross = split_rows(self.cross(x), config.d_head)  # (P * 2 * L * H, K)
+        cross = self.cross(x)
+        cross = split_rows(signed(cross) if self.integer_state else cross, config.d_head)  # (P * 2 * L * H, K)
         states = 2 * config.decoder_layers
         heads = packing.slots[:, None, :] * (states * config.num_heads) + torch.arange(config.num_heads)[:, None]
         memory = x.values if isinstance(x, Bounded) else x

@@ -46,7 +46,7 @@ class ReorderGraph(nn.Module):
 
 def write_encoder(model: Transformer, profile: Profile, path: Path) -> None:
     """Export the encoder of a variant to a file."""
-    config = model.config
+    config, profile = model.config, profile.for_heads(model.config.d_head)
     inputs = [
         (Port("source_ids", ("rows", "source")), torch.zeros(3, 5, dtype=torch.int64)),
         (Port("source_lengths", ("rows",)), torch.ones(3, dtype=torch.int64)),
@@ -74,7 +74,7 @@ def write_decoder(model: Transformer, profile: Profile, path: Path) -> None:
         Port("candidate_scores", ("rows", "k")),
         Port("logits", ("rows", config.vocab_size)),
     ]
-    rewritten = profile.cross_attention == "rewriting"
+    rewritten = profile.cross_attention == "rewriting" or profile.integer_state
     outputs += [Port(f"next_{port.name}", port.axes) for port in ports if rewritten or "target_capacity" in port.axes]
     graph = trace(DecoderGraph(_with_arithmetic(model, profile), profile), inputs, outputs)
     store_matrices(graph, profile.stored)
@@ -83,7 +83,7 @@ def write_decoder(model: Transformer, profile: Profile, path: Path) -> None:
 
 def write_scorer(model: Transformer, profile: Profile, alignment_layer: int, decoder: Path, path: Path) -> None:
     """Export the reading of whole targets of a variant to a file beside its decoder, whose weights it uses."""
-    config = model.config
+    config, profile = model.config, profile.for_heads(model.config.d_head)
     ports = [port for port in _state_ports(config) if "source_capacity" in port.axes]
     inputs = [
         (Port("target_ids", ("rows", "target")), torch.ones(3, 5, dtype=torch.int64)),
@@ -113,4 +113,5 @@ def _with_arithmetic(model: Transformer, profile: Profile) -> Transformer:
 
 def _example_state(port: Port, profile: Profile) -> Tensor:
     sizes = {"rows": 3, "target_capacity": 7, "source_capacity": 9}
-    return torch.zeros([axis if isinstance(axis, int) else sizes[axis] for axis in port.axes], dtype=profile.arithmetic)
+    element = torch.int8 if profile.integer_state else profile.arithmetic
+    return torch.zeros([axis if isinstance(axis, int) else sizes[axis] for axis in port.axes], dtype=element)

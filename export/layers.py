@@ -19,32 +19,29 @@ SMALLEST_SCALE = 1e-12
 """Of an output whose weights are all zero, which then quantise to zero instead of NaN."""
 
 
-NORM_BOUND = 5.0
-"""Standard deviations of what a LayerNorm gives that products of integers tell apart; what is beyond is cut off."""
-
-LOW_ZERO = 20
-"""Which of the integers 0 to 255 stands for zero where activations are hardly ever negative; else it is 128."""
+NORM_DEVIATIONS = 5.0
+"""What a LayerNorm gives is told apart up to so many standard deviations; what is beyond is cut off."""
 
 
 @dataclass(frozen=True)
 class Bounded:
-    """Activations that are known to be no larger than a constant, but for a few that may be cut off.
-
-    Integers of one scale for all of them will do: there is no need to look for the largest of each row.
-    """
+    """Activations that are known to lie within constant bounds, but for a few that may be cut off."""
 
     values: Tensor  # (..., K) float32
-    bound: float
+    scale: float
+    """What one step of their integers, 0 to 255, stands for."""
+    zero: int = 128
+    """Which of these integers stands for zero."""
+
+    @classmethod
+    def up_to(cls, values: Tensor, bound: float) -> Bounded:
+        """Of no larger magnitude than this."""
+        return cls(values, bound / 127)
 
     @property
     def shape(self) -> torch.Size:
         """Of the values."""
         return self.values.shape
-
-
-def bound_of(norm: nn.LayerNorm) -> float:
-    """The bound of what a norm gives: its outputs have a mean and a standard deviation that its weights tell."""
-    return float((NORM_BOUND * norm.weight.detach().abs() + norm.bias.detach().abs()).max())
 
 
 def quantise_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,40 +65,32 @@ class IntegerMatrix(nn.Module):
         """ids (B, ...) -> factor times the rows (B, ..., K) float32."""
         return rows_of(self.values, ids).float() * rows_of((self.scale * factor).unsqueeze(-1), ids)
 
-    def multiply(self, x: Tensor | Bounded, bias: Tensor | None, least: float | None) -> Tensor:
+    def multiply(self, x: Tensor | Bounded, bias: Tensor | None) -> Tensor:
         """x (..., K) float32 -> (..., N) float32, with a bias (N,) added.
 
-        What is not bounded is quantised row by row, by its largest value; `least` says how far below zero it can be, if
-        that is less than above.
+        What is not bounded is quantised row by row, by its largest value.
         """
         weight = self.values.t()
         if isinstance(x, Bounded):
-            scale = x.bound / 127
-            return integer_product(quantise(x.values, scale, 128), weight, torch.tensor(scale), self.scale, 128, bias)
+            integers = quantise(x.values, x.scale, x.zero)
+            return integer_product(integers, weight, torch.tensor(x.scale), self.scale, x.zero, bias)
         # A row of zeros has a scale of zero: whatever integers it quantises to, the product with its scale is zero.
-        if least is None:
-            zero, scales = 128, x.abs().amax(dim=-1, keepdim=True) * (1 / 127)  # (..., 1)
-        elif least == 0:
-            zero, scales = 0, x.amax(dim=-1, keepdim=True) * (1 / 255)
-        else:
-            zero = LOW_ZERO
-            scales = (x.amax(dim=-1, keepdim=True) * (1 / (255 - zero))).clamp_min(least / zero)
-        y = integer_product(quantise_rows(x, scales, zero), weight, scales, self.scale, zero)
+        scales = x.abs().amax(dim=-1, keepdim=True) * (1 / 127)  # (..., 1)
+        y = integer_product(quantise_rows(x, scales, 128), weight, scales, self.scale, 128)
         return y if bias is None else y + bias
 
 
 class IntegerLinear(nn.Module):
     """One or several linear layers of the same input, side by side, as one product of integers."""
 
-    def __init__(self, matrix: IntegerMatrix, bias: Tensor | None, least: float | None = None) -> None:
+    def __init__(self, matrix: IntegerMatrix, bias: Tensor | None) -> None:
         super().__init__()
         self.matrix = matrix
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.least = least
 
     def forward(self, x: Tensor | Bounded) -> Tensor:
         """(..., K) -> (..., N)."""
-        return self.matrix.multiply(x, self.bias, self.least)
+        return self.matrix.multiply(x, self.bias)
 
 
 class FloatLinear(nn.Module):
@@ -117,16 +106,16 @@ class FloatLinear(nn.Module):
         return functional.linear(x, self.weight, self.bias)
 
 
-def fused_linear(
-    layers: Sequence[nn.Linear], integer: bool, bias: bool = True, least: float | None = None
-) -> nn.Module:
-    """Linear layers of one input as one: their outputs stand side by side. The bias can be left to someone else.
-
-    `least`: how far below zero the input can be, if that is known.
-    """
+def fused_linear(layers: Sequence[nn.Linear], integer: bool) -> nn.Module:
+    """Linear layers of one input as one: their outputs stand side by side."""
     weight = torch.cat([layer.weight.detach() for layer in layers])
-    biases = torch.cat([layer.bias.detach() for layer in layers]) if bias else None
-    return IntegerLinear(IntegerMatrix(weight), biases, least) if integer else FloatLinear(weight, biases)
+    bias = torch.cat([layer.bias.detach() for layer in layers])
+    return IntegerLinear(IntegerMatrix(weight), bias) if integer else FloatLinear(weight, bias)
+
+
+def last_linear(layer: nn.Linear, integer: bool) -> nn.Module:
+    """The last linear layer of a sublayer. In floating point its bias is left to the residual sum."""
+    return fused_linear([layer], integer) if integer else FloatLinear(layer.weight.detach(), None)
 
 
 class TokenEmbedding(nn.Module):

@@ -77,25 +77,47 @@ def unidirectional_attention(query: Tensor, key: Tensor, value: Tensor, num_head
     )
 
 
+Scales = tuple[Tensor, Tensor]
+"""Of int8 keys and of int8 values, (1, H, 1, K) float32 each: what a step of each feature stands for."""
+
+
 def self_attention_step(
-    packed: Tensor, key: Tensor, value: Tensor, last: Tensor, bound: Tensor, num_heads: int
+    packed: Tensor,
+    key: Tensor,
+    value: Tensor,
+    last: Tensor,
+    bound: Tensor,
+    num_heads: int,
+    scales: Scales | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """com.microsoft.GroupQueryAttention for one new position of each row.
 
-    packed (B, 1, 3 * H * K) is query, new key and new value side by side; key and value (B, H, C, K) the caches; last
-    (B,) int32 the index of the new position; bound () int32 no less than the longest row. Returns the output
-    (B, 1, H * K) and both caches with the new position, in place if past and present are bound to one buffer.
+    packed (B, 1, 3 * H * K) is query, new key and new value side by side; key and value (B, H, C, K) the caches, int8
+    if there are scales; last (B,) int32 the index of the new position; bound () int32 no less than the longest row.
+    Returns the output (B, 1, H * K) and both caches with the new position, in place if past and present are bound to
+    one buffer.
     """
     batch, one, width = packed.shape
     output, next_key, next_value = symbolic_multi_out(
         "com.microsoft::GroupQueryAttention",
-        (packed, None, None, key, value, last, bound),
-        {"num_heads": num_heads, "kv_num_heads": num_heads},
+        (packed, None, None, key, value, last, bound, *_scale_inputs(scales)),
+        _group_query(num_heads, scales),
         dtypes=(packed.dtype, key.dtype, value.dtype),
         shapes=((batch, one, width // 3), key.shape, value.shape),
         version=1,
     )
     return output, next_key, next_value
+
+
+def _group_query(num_heads: int, scales: Scales | None) -> Attributes:
+    attributes: Attributes = {"num_heads": num_heads, "kv_num_heads": num_heads}
+    if scales is not None:
+        attributes |= {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    return attributes
+
+
+def _scale_inputs(scales: Scales | None) -> tuple[Tensor | None, ...]:
+    return () if scales is None else (None, None, None, None, None, *scales)
 
 
 def cross_attention_step(
@@ -117,6 +139,25 @@ def cross_attention_step(
         version=1,
     )
     return output
+
+
+def cross_attention_of_integers(
+    query: Tensor, key: Tensor, value: Tensor, last: Tensor, bound: Tensor, num_heads: int, scales: Scales
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for key and value int8. Here the operator insists on giving both caches back, unchanged: in no time if
+    they are bound to the buffers they came from. Returns the output (B, 1, H * K) and both.
+    """
+    batch, _, width = query.shape
+    nothing = query.new_zeros((batch, 0, width))
+    output, next_key, next_value = symbolic_multi_out(
+        "com.microsoft::GroupQueryAttention",
+        (query, nothing, nothing, key, value, last, bound, *_scale_inputs(scales)),
+        _group_query(num_heads, scales),
+        dtypes=(query.dtype, key.dtype, value.dtype),
+        shapes=((batch, 1, width), key.shape, value.shape),
+        version=1,
+    )
+    return output, next_key, next_value
 
 
 def cross_attention_rewriting(
@@ -162,6 +203,12 @@ def quantise(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """x float32 of any shape -> uint8, all by one scale: half to even, saturated."""
     arguments = (x, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.uint8))
     return symbolic("QuantizeLinear", arguments, dtype=torch.uint8, shape=x.shape, version=21)
+
+
+def signed(x: Tensor) -> Tensor:
+    """x float32, in steps -> int8: half to even, saturated."""
+    arguments = (x, torch.tensor(1.0), torch.tensor(0, dtype=torch.int8))
+    return symbolic("QuantizeLinear", arguments, dtype=torch.int8, shape=x.shape, version=21)
 
 
 def quantise_rows(x: Tensor, scale: Tensor, zero_point: int) -> Tensor:

@@ -17,9 +17,11 @@ class Profile:
     precision: Precision
     """What the manifest calls it."""
     arithmetic: torch.dtype
-    """Of everything but integer products: also the element type of the decoder's state."""
+    """Of everything but integers: also the element type of the decoder's state."""
     integer_products: bool
-    """Products of uint8 activations, quantised row by row, and int8 weights, quantised output by output."""
+    """Products of uint8 activations, quantised by a constant, and int8 weights, quantised output by output."""
+    integer_state: bool
+    """Keys and values are kept as int8, quantised feature by feature: a quarter of the bytes that a step reads."""
     whole_attention: Literal["attention", "multi_head"]
     """Of all positions of a text at once, in the encoder and in the scorer."""
     self_attention: Literal["group_query", "scatter"]
@@ -38,7 +40,7 @@ class Profile:
         """The same for heads of this width: GroupQueryAttention takes multiples of 8, others do without it."""
         if width % 8 == 0:
             return self
-        return replace(self, self_attention="scatter", cross_attention="attention")
+        return replace(self, self_attention="scatter", cross_attention="attention", integer_state=False)
 
 
 def _cpu(precision: Precision, stored: Literal["float32", "float16"]) -> Profile:
@@ -46,6 +48,7 @@ def _cpu(precision: Precision, stored: Literal["float32", "float16"]) -> Profile
         precision,
         arithmetic=torch.float32,
         integer_products=precision == "int8",
+        integer_state=precision == "int8",
         whole_attention="attention",
         self_attention="group_query",
         cross_attention="group_query",
@@ -59,6 +62,7 @@ def _cuda(stored: Literal["float16", "int8"]) -> Profile:
         "fp16",
         arithmetic=torch.float16,
         integer_products=False,
+        integer_state=False,
         whole_attention="multi_head",
         self_attention="group_query",
         cross_attention="rewriting",
@@ -76,7 +80,7 @@ CPU: dict[Precision, Profile] = {
 
 CUDA: dict[Precision, Profile] = {
     # GroupQueryAttention has no float32 kernel on CUDA.
-    "fp32": Profile("fp32", torch.float32, False, "multi_head", "scatter", "attention", True, "float32"),
+    "fp32": Profile("fp32", torch.float32, False, False, "multi_head", "scatter", "attention", True, "float32"),
     "fp16": _cuda("float16"),
     "int8": _cuda("int8"),
 }

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from export.decoder_graph import DecoderStack
-from export.layers import Bounded, fused_linear
+from export.integer_state import IntegerState, heads_bound
+from export.layers import Bounded, fused_linear, last_linear
 from export.ops import (
     cached_attention_over_lengths,
     causal_attention,
@@ -18,40 +19,52 @@ from export.ops import (
     unidirectional_attention,
 )
 from export.profile import Profile
+from export.spread import Activations
 from model.transformer import MultiHeadAttention, Transformer, valid_tokens
 
 
 class CausalAttentionGraph(nn.Module):
-    """Self-attention over the target, each position over those up to it, without its last bias."""
+    """Self-attention over the target, each position over those up to it."""
 
-    def __init__(self, trained: MultiHeadAttention, profile: Profile) -> None:
+    def __init__(self, trained: MultiHeadAttention, profile: Profile, context: Activations) -> None:
         super().__init__()
         self.num_heads = trained.num_heads
         self.attend = {"attention": causal_attention, "multi_head": unidirectional_attention}[profile.whole_attention]
         self.packed = fused_linear([trained.query, trained.key, trained.value], profile.integer_products)
-        self.output = fused_linear([trained.output], profile.integer_products, bias=False)
+        self.output = last_linear(trained.output, profile.integer_products)
+        self.bound = heads_bound(trained, context) if profile.integer_products else None
+        self.state = IntegerState(trained, context) if profile.integer_state else None
 
     def forward(self, x: Tensor | Bounded) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         query, key, value = self.packed(x).chunk(3, dim=-1)  # three (B, T, D)
-        y: Tensor = self.output(self.attend(query, key, value, self.num_heads))
+        if self.state is not None:  # as the steps read them
+            key, value = self.state.rounded(key, value)
+        heads = self.attend(query, key, value, self.num_heads)
+        y: Tensor = self.output(heads if self.bound is None else Bounded.up_to(heads, self.bound))
         return y
 
 
 class SourceAttentionGraph(nn.Module):
-    """Attention of every target position over the source, without its last bias, in two halves: ask, then attend."""
+    """Attention of every target position over the source, in two halves: ask, then attend."""
 
-    def __init__(self, trained: MultiHeadAttention, profile: Profile) -> None:
+    def __init__(self, trained: MultiHeadAttention, profile: Profile, context: Activations) -> None:
         super().__init__()
         self.num_heads = trained.num_heads
         self.on_heads = profile.whole_attention == "attention"
         self.query = fused_linear([trained.query], profile.integer_products)
-        self.output = fused_linear([trained.output], profile.integer_products, bias=False)
+        self.output = last_linear(trained.output, profile.integer_products)
+        self.bound = heads_bound(trained, context) if profile.integer_products else None
+        self.state = IntegerState(trained, context) if profile.integer_state else None
 
     def ask(self, x: Tensor | Bounded) -> Tensor:
         """x (B, T, D) -> the queries (B, H, T, K)."""
         queries: Tensor = self.query(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         return queries
+
+    def read(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The source's keys and values (B, H, C, K) as they are to be computed with."""
+        return (key, value) if self.state is None else self.state.expand(key, value)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
         """query (B, H, T, K), the source's keys and values (B, H, C, K), lengths (B,) -> (B, T, D)."""
@@ -60,7 +73,7 @@ class SourceAttentionGraph(nn.Module):
         else:
             query, key, value = map(_side_by_side, (query, key, value))
             heads = masked_attention(query, key, value, lengths, self.num_heads)
-        y: Tensor = self.output(heads)
+        y: Tensor = self.output(heads if self.bound is None else Bounded.up_to(heads, self.bound))
         return y
 
 
@@ -98,7 +111,7 @@ class ScorerGraph(DecoderStack):
         layers = zip(self.self_attentions, self.cross_attentions, self.feed_forwards, strict=True)
         for number, (self_attention, cross_attention, feed_forward) in enumerate(layers):
             assert isinstance(cross_attention, SourceAttentionGraph)
-            key, value = state[2 * number : 2 * number + 2]
+            key, value = cross_attention.read(*state[2 * number : 2 * number + 2])
             total, x = self.stream.add(3 * number, total, self_attention(x))
             query = cross_attention.ask(x)
             if number == self.alignment_layer:

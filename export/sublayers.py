@@ -1,6 +1,7 @@
 """The residual sums with their LayerNorms, and the one sublayer that encoder and decoder share.
 
-A sublayer's last bias is not added by the sublayer but with the residual, which a GPU does in one kernel.
+A sublayer's last bias is added with the residual, which a GPU does in one kernel; by products of integers it comes for
+nothing, so there the sublayer adds it.
 Letters in the shape comments: D = d_model, F feed-forward width.
 """
 
@@ -10,29 +11,42 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from export.layers import Bounded, bound_of, fused_linear
+from export.layers import NORM_DEVIATIONS, SMALLEST_SCALE, Bounded, fused_linear, last_linear
 from export.ops import skip_layer_norm
 from export.profile import Profile
+from export.spread import Activations, Normalised
 from model.transformer import FeedForward, Residual
+
+HIDDEN_DEVIATIONS = 6.0
+"""The feed-forward network's hidden activations are told apart up to so many deviations above their mean."""
 
 GELU_LEAST = 0.17
 """How far below zero a GELU goes; a ReLU does not."""
 
+GELU_ZERO = 20
+"""Which of the integers 0 to 255 stands for zero in what a GELU gives."""
+
 
 class FeedForwardGraph(nn.Module):
-    """The position-wise feed-forward network, without its last bias."""
+    """The position-wise feed-forward network."""
 
-    def __init__(self, trained: FeedForward, integer: bool) -> None:
+    def __init__(self, trained: FeedForward, integer: bool, reads: Activations) -> None:
         super().__init__()
+        self.integer = integer
         self.inner = fused_linear([trained.inner], integer)
         gelu = isinstance(trained.activation, nn.GELU)
         # The approximation by tanh is off by less than 0.0005, a fraction of what the integers round away.
         self.activation = nn.GELU(approximate="tanh") if gelu and integer else trained.activation
-        self.outer = fused_linear([trained.outer], integer, bias=False, least=GELU_LEAST if gelu else 0.0)
+        self.outer = last_linear(trained.outer, integer)
+        hidden = reads.through(trained.inner)
+        largest = float((hidden.mean + HIDDEN_DEVIATIONS * hidden.deviation).max())
+        self.zero = GELU_ZERO if gelu else 0
+        self.scale = max(largest / (255 - self.zero), GELU_LEAST / GELU_ZERO if gelu else SMALLEST_SCALE)
 
     def forward(self, x: Tensor | Bounded) -> Tensor:
         """(..., D) -> (..., D); inside (..., F)."""
-        y: Tensor = self.outer(self.activation(self.inner(x)))
+        hidden = self.activation(self.inner(x))
+        y: Tensor = self.outer(Bounded(hidden, self.scale, self.zero) if self.integer else hidden)
         return y
 
 
@@ -53,11 +67,10 @@ class ResidualStream(nn.Module):
         self.first = norms[0] if self.pre_norm else nn.Identity()
         following = [*norms[1:], final] if self.pre_norm else norms
         self.norms = nn.ModuleList(following)
-        self.bounds = [
-            bound_of(norm) if profile.integer_products and isinstance(norm, nn.LayerNorm) else None
-            for norm in (self.first, *following)
-        ]
-        self.biases = nn.ParameterList([linear.bias.detach() for linear in last_linears])
+        self.bounds = [_bound_of(norm) if profile.integer_products else None for norm in (self.first, *following)]
+        self.biases = (
+            None if profile.integer_products else nn.ParameterList([linear.bias.detach() for linear in last_linears])
+        )
 
     def start(self, x: Tensor) -> tuple[Tensor, Tensor | Bounded]:
         """x (..., D) -> the sum and what the first sublayer reads."""
@@ -65,14 +78,19 @@ class ResidualStream(nn.Module):
 
     def add(self, sublayer: int, total: Tensor, output: Tensor) -> tuple[Tensor, Tensor | Bounded]:
         """The sum so far and the sublayer's output, both (..., D) -> the sum and what the next sublayer reads."""
-        norm, bias = self.norms[sublayer], self.biases[sublayer]
-        if self.fused and isinstance(norm, nn.LayerNorm):
-            normalised, total = skip_layer_norm(total, output, bias, norm)
+        norm = self.norms[sublayer]
+        if self.biases is not None and self.fused and isinstance(norm, nn.LayerNorm):
+            normalised, total = skip_layer_norm(total, output, self.biases[sublayer], norm)
         else:
-            total = total + (output + bias)
+            total = total + (output if self.biases is None else output + self.biases[sublayer])
             normalised = norm(total)
         return total if self.pre_norm else normalised, _read(normalised, self.bounds[sublayer + 1])
 
 
 def _read(normalised: Tensor, bound: float | None) -> Tensor | Bounded:
-    return normalised if bound is None else Bounded(normalised, bound)
+    return normalised if bound is None else Bounded.up_to(normalised, bound)
+
+
+def _bound_of(norm: nn.Module) -> float | None:
+    """None where there is no norm."""
+    return float(Normalised(norm).spread.bound(NORM_DEVIATIONS).max()) if isinstance(norm, nn.LayerNorm) else None

@@ -202,8 +202,8 @@ def test_the_floor_grows_with_rows_and_positions(tiny_artifact: Path) -> None:
     one, many = (floor_of(runner, rows=rows, source=4, target=3, bandwidth=1e9) for rows in (1, 10))
     assert one.weight_bytes == many.weight_bytes == decoder_elements(runner.manifest)  # int8
     assert many.state_bytes == 10 * one.state_bytes
-    # 2 layers, keys and values of 32 floats: 4 of the source, and of the target 3 read, one new read and written.
-    assert one.state_bytes == state_bytes(runner, source=4, target=3) == 2 * 2 * 32 * 4 * (4 + 5)
+    # 2 layers, keys and values of 32 int8: 4 of the source, and of the target 3 read, one new read and written.
+    assert one.state_bytes == state_bytes(runner, source=4, target=3) == 2 * 2 * 32 * (4 + 5)
     assert one.weight_bytes is not None
     assert one.milliseconds == pytest.approx(1e3 * (one.weight_bytes + one.state_bytes) / 1e9)
     assert floor_of(runner, rows=1, source=4, target=3, bandwidth=None).milliseconds is None

@@ -162,8 +162,9 @@ def test_ids_may_lie_in_any_order_in_memory(fp32: Runner) -> None:
     assert crossed.tobytes() == plain.tobytes()
 
 
-def test_the_device_path_gives_the_same(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CUDA variant's graphs, run on the CPU: halves between encoder and scorer, in pieces too."""
+def test_the_device_path_gives_the_same(tiny_artifact: Path, fp32: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA variant's graphs, run on the CPU: halves between encoder and scorer, in pieces too. Its weights were
+    rounded to integers, so floats are only near."""
     monkeypatch.setattr(service.runner, "_PROVIDERS", dict.fromkeys(("cpu", "cuda"), "CPUExecutionProvider"))
     monkeypatch.setattr(service.runner, "_CUDA_OPTIONS", {})
     monkeypatch.setattr(service.runner, "products_on", lambda provider, session: [])
@@ -173,8 +174,7 @@ def test_the_device_path_gives_the_same(tiny_artifact: Path, monkeypatch: pytest
     whole = score(runner, sources, targets)
     monkeypatch.setattr(service.scoring, "MOST_LOGITS", 16 * 300 * 2)
     assert score(runner, sources, targets) == whole
-    near = Runner(Artifact.load(tiny_artifact), CPU)
-    for (half, _), (single, _) in zip(whole, score(near, sources, targets), strict=True):
+    for (half, _), (single, _) in zip(whole, score(fp32, sources, targets), strict=True):
         np.testing.assert_allclose(np.frombuffer(half, np.float32), np.frombuffer(single, np.float32), atol=0.5)
 
 
@@ -227,7 +227,7 @@ DISAGREEMENTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     ),
     "another variant's, of other element types": (
         lambda manifest: manifest["variants"]["cpu"].update(scorer="cuda/scorer.onnx"),
-        r"cross_key_0 is tensor\(float16\), not float32",
+        r"cross_key_0 is tensor\(float16\), not int8",
     ),
 }
 
