@@ -133,25 +133,12 @@ class ServedModel:
         """The same of targets, which are never cut."""
         return await self._ids(texts, "targets", self.artifact.manifest.max_target_tokens, truncate=False)
 
-    def source_ids_of(self, texts: dict[str, str], *, truncate: bool) -> dict[str, list[int] | TooLarge]:
-        """The same without an event loop, each text by the place that a refusal names, each refused by itself."""
+    def source_ids_of(self, text: str, place: str, *, truncate: bool) -> list[int]:
+        """The same for one source by itself, without an event loop; `place` is what a refusal calls it."""
         limit = self.artifact.manifest.max_source_tokens
-        found: dict[str, list[int] | TooLarge] = {}
-        for place, text in texts.items():
-            try:
-                found[place] = []
-                if not truncate:
-                    self._refuse_if_surely_too_long(text, place, limit)
-            except TooLarge as error:
-                found[place] = error
-        places = [place for place, refused in found.items() if not refused]
-        encoded = self.tokenizer.encode_batch([self._beginning(texts[place], limit) for place in places])
-        for place, ids in zip(places, encoded, strict=True):
-            try:
-                found[place] = self._fit(ids, truncate, place, limit)
-            except TooLarge as error:
-                found[place] = error
-        return found
+        if not truncate:
+            self._refuse_if_surely_too_long(text, place, limit)
+        return self._fit(self.tokenizer.encode(self._beginning(text, limit)), truncate, place, limit)
 
     async def _ids(self, texts: dict[int, str], name: str, limit: int, truncate: bool) -> dict[int, list[int]]:
         if not truncate:

@@ -67,9 +67,10 @@ class Translation:
         threading.Thread(target=self._read, args=(stream,), name="lines", daemon=True).start()
         last_number = 0
         while not self._ended or self._next_number <= last_number:
-            lines = list(self._lines())
-            self._submit(lines)
-            last_number = lines[-1].number if lines else last_number
+            if lines := list(self._lines()):
+                self._submit(lines)
+                last_number = lines[-1].number
+                self._unseen.release(len(lines))
             # Which line is next is known before the events are looked at: one that comes later wakes the main thread.
             while self._take_events() or self._next_number in self._answers:
                 while (answer := self._answers.pop(self._next_number, None)) is not None:
@@ -98,7 +99,6 @@ class Translation:
             if message is _Wake.END:
                 self._ended = True
             if isinstance(message, Line):
-                self._unseen.release()
                 yield message
             try:
                 message = self._inbox.get_nowait()
@@ -107,23 +107,23 @@ class Translation:
 
     def _submit(self, lines: list[Line]) -> None:
         """The longest first: so lines of like length are encoded together, and no long one is left for the end."""
-        texts: dict[str, str] = {}
-        numbers: dict[str, int] = {}
+        sequences: dict[int, Sequence] = {}
         for line in lines:
             number, place = line.number, f"line {line.number}"
             if not line.text or line.text.isspace():
                 self._answers[number] = ""
-            elif line.cut and not self._truncate:
-                self._answers[number] = LineFailed(f"{place} is longer than any model takes; split it, or --truncate")
-            else:
-                texts[place], numbers[place] = line.text, number
-        sequences: dict[int, Sequence] = {}
-        for place, ids in self._model.source_ids_of(texts, truncate=self._truncate).items():
-            number = numbers[place]
-            if isinstance(ids, RequestError):
-                self._answers[number] = LineFailed(str(ids))
-            else:
-                sequences[number] = Sequence(ids, partial(self._tell, number), parameters=self._parameters)
+                continue
+            if line.cut and not self._truncate:
+                self._answers[number] = LineFailed(
+                    f"{place} is longer than any model takes; split it, or pass --truncate"
+                )
+                continue
+            try:
+                ids = self._model.source_ids_of(line.text, place, truncate=self._truncate)
+            except RequestError as error:
+                self._answers[number] = LineFailed(str(error))
+                continue
+            sequences[number] = Sequence(ids, partial(self._tell, number), parameters=self._parameters)
         try:
             by_length = sorted(sequences.values(), key=lambda sequence: len(sequence.source_ids), reverse=True)
             self._model.engine.submit(by_length)

@@ -19,7 +19,7 @@ from service.commands.parameter_flags import named_as_flags, read_parameters
 from service.errors import SettingsError, ValidationFailed
 from service.lines import as_one_line, read_lines
 from service.parameters import Parameters
-from service.translation import WINDOW, LineFailed, Translation
+from service.translation import _UNSEEN, WINDOW, LineFailed, Translation
 from tests.service.fake_engine import FakeEngine, fake_model
 
 
@@ -70,6 +70,29 @@ def test_memory_is_bounded_by_the_window() -> None:
     assert [next(results) for _ in range(10)] == ["a"] * 10
     time.sleep(0.5)
     assert stream.read_lines <= WINDOW + 11
+
+
+def test_few_lines_are_held_as_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However fast the input, no more than a bounded number has been read and not tokenised: each may be long."""
+    model, taken, most = fake_model(), 0, 0
+    tokenised = model.tokenizer.encode
+
+    class Counting(io.BytesIO):
+        def readline(self, size: int | None = -1, /) -> bytes:
+            nonlocal taken, most
+            taken += 1
+            most = max(most, taken)
+            return super().readline(size)
+
+    def slowly(text: str) -> list[int]:
+        nonlocal taken
+        time.sleep(0.001)
+        taken -= 1
+        return tokenised(text)
+
+    monkeypatch.setattr(model.tokenizer, "encode", slowly)
+    assert len(list(Translation(model, Parameters()).run(Counting(b"a\n" * 1000)))) == 1000
+    assert most <= _UNSEEN + 2
 
 
 def test_a_line_that_is_too_long_is_named() -> None:
