@@ -18,6 +18,7 @@ from export.layers import (
     IntegerLinear,
     IntegerMatrix,
     TokenEmbedding,
+    bounded,
     fused_linear,
     last_linear,
 )
@@ -83,17 +84,13 @@ class SelfAttentionGraph(nn.Module):
             last, bound = places.last_target, places.target_capacity
             scales = None if self.state is None else self.state.scales
             heads, key, value = self_attention_step(packed, key, value, last, bound, self.num_heads, scales)
-            return self.output(_bounded(heads, self.bound)), key, value
+            return self.output(bounded(heads, self.bound)), key, value
         shape = (packed.shape[0], 3, self.num_heads, 1, packed.shape[2] // (3 * self.num_heads))
         query, new_key, new_value = packed.reshape(shape).unbind(1)  # three (B, H, 1, K)
         key = tensor_scatter(key, new_key, places.positions)
         value = tensor_scatter(value, new_value, places.positions)
         heads = cached_attention_over_lengths(query, key, value, places.positions + 1)  # (B, H, 1, K)
-        return self.output(_bounded(heads.reshape(x.shape), self.bound)), key, value
-
-
-def _bounded(heads: Tensor, bound: float | None) -> Tensor | Bounded:
-    return heads if bound is None else Bounded.up_to(heads, bound)
+        return self.output(bounded(heads.reshape(x.shape), self.bound)), key, value
 
 
 class CrossAttentionGraph(nn.Module):
@@ -114,15 +111,16 @@ class CrossAttentionGraph(nn.Module):
         if self.kind == "attention":
             shape = (x.shape[0], self.num_heads, 1, x.shape[2] // self.num_heads)
             heads = cached_attention_over_lengths(query.reshape(shape), key, value, places.lengths)
-            return self.output(_bounded(heads.reshape(x.shape), self.bound)), []
+            return self.output(bounded(heads.reshape(x.shape), self.bound)), []
         arguments = (query, key, value, places.last_source, places.source_capacity, self.num_heads)
-        if self.kind == "group_query" and self.state is None:
-            return self.output(_bounded(cross_attention_step(*arguments), self.bound)), []
+        written: list[Tensor] = []
         if self.state is not None:
-            heads, next_key, next_value = cross_attention_of_integers(*arguments, self.state.scales)
+            heads, *written = cross_attention_of_integers(*arguments, self.state.scales)
+        elif self.kind == "group_query":
+            heads = cross_attention_step(*arguments)
         else:
-            heads, next_key, next_value = cross_attention_rewriting(*arguments)
-        return self.output(_bounded(heads, self.bound)), [next_key, next_value]
+            heads, *written = cross_attention_rewriting(*arguments)
+        return self.output(bounded(heads, self.bound)), written
 
 
 def best_tokens(scores: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

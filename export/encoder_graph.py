@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from export.integer_state import IntegerState, heads_bound, in_steps
-from export.layers import Bounded, IntegerMatrix, TokenEmbedding, fused_linear, last_linear
+from export.layers import Bounded, IntegerMatrix, TokenEmbedding, bounded, fused_linear, last_linear
 from export.ops import arange, attention_over_lengths, elements_of, masked_attention, rows_of, signed, split_rows
 from export.profile import Profile
 from export.spread import Activations, encoder_residuals, memory_of, read_by
@@ -58,7 +58,7 @@ class EncoderAttentionGraph(nn.Module):
         query, key, value = (rows_of(parts, packing.tokens * 3 + part) for part in range(3))  # three (B, S, D)
         heads = self.attend(query, key, value, packing.lengths, self.num_heads)  # (B, S, D)
         heads = elements_of(heads, packing.places)  # (P, D)
-        y: Tensor = self.output(heads if self.bound is None else Bounded.up_to(heads, self.bound))
+        y: Tensor = self.output(bounded(heads, self.bound))
         return y
 
 

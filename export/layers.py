@@ -44,6 +44,11 @@ class Bounded:
         return self.values.shape
 
 
+def bounded(values: Tensor, bound: float | None) -> Tensor | Bounded:
+    """Values of no larger magnitude than this, if that is known."""
+    return values if bound is None else Bounded.up_to(values, bound)
+
+
 def quantise_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (N, K) -> int8 (N, K) in -127..127 and a float32 scale per output (N,), so that weight = int8 * scale."""
     scale = (weight.float().abs().amax(dim=1) / 127).clamp_min(SMALLEST_SCALE)  # (N,)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from export.decoder_graph import DecoderStack
 from export.integer_state import IntegerState, heads_bound
-from export.layers import Bounded, fused_linear, last_linear
+from export.layers import Bounded, bounded, fused_linear, last_linear
 from export.ops import (
     cached_attention_over_lengths,
     causal_attention,
@@ -41,7 +41,7 @@ class CausalAttentionGraph(nn.Module):
         if self.state is not None:  # as the steps read them
             key, value = self.state.rounded(key, value)
         heads = self.attend(query, key, value, self.num_heads)
-        y: Tensor = self.output(heads if self.bound is None else Bounded.up_to(heads, self.bound))
+        y: Tensor = self.output(bounded(heads, self.bound))
         return y
 
 
@@ -73,7 +73,7 @@ class SourceAttentionGraph(nn.Module):
         else:
             query, key, value = map(_side_by_side, (query, key, value))
             heads = masked_attention(query, key, value, lengths, self.num_heads)
-        y: Tensor = self.output(heads if self.bound is None else Bounded.up_to(heads, self.bound))
+        y: Tensor = self.output(bounded(heads, self.bound))
         return y
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from export.layers import NORM_DEVIATIONS, SMALLEST_SCALE, Bounded, fused_linear, last_linear
+from export.layers import NORM_DEVIATIONS, SMALLEST_SCALE, Bounded, bounded, fused_linear, last_linear
 from export.ops import skip_layer_norm
 from export.profile import Profile
 from export.spread import Activations, Normalised
@@ -74,7 +74,7 @@ class ResidualStream(nn.Module):
 
     def start(self, x: Tensor) -> tuple[Tensor, Tensor | Bounded]:
         """x (..., D) -> the sum and what the first sublayer reads."""
-        return x, _read(self.first(x), self.bounds[0])
+        return x, bounded(self.first(x), self.bounds[0])
 
     def add(self, sublayer: int, total: Tensor, output: Tensor) -> tuple[Tensor, Tensor | Bounded]:
         """The sum so far and the sublayer's output, both (..., D) -> the sum and what the next sublayer reads."""
@@ -84,11 +84,7 @@ class ResidualStream(nn.Module):
         else:
             total = total + (output if self.biases is None else output + self.biases[sublayer])
             normalised = norm(total)
-        return total if self.pre_norm else normalised, _read(normalised, self.bounds[sublayer + 1])
-
-
-def _read(normalised: Tensor, bound: float | None) -> Tensor | Bounded:
-    return normalised if bound is None else Bounded.up_to(normalised, bound)
+        return total if self.pre_norm else normalised, bounded(normalised, self.bounds[sublayer + 1])
 
 
 def _bound_of(norm: nn.Module) -> float | None:

@@ -88,7 +88,7 @@ def _exported(request: pytest.FixtureRequest, precision: str, cuda: bool, checkp
             checkpoint = request.getfixturevalue("tiny_checkpoint_file")
         sentences: Path = request.getfixturevalue("tiny_sentences")
         fresh = Path(tempfile.mkdtemp(dir=kept.parent)) / "artifact"
-        export_artifact(ExportRequest(checkpoint, fresh, precision, sentences, cuda=cuda))  # type: ignore[arg-type]
+        export_artifact(ExportRequest(checkpoint, fresh, precision, sentences, cuda=cuda))  # type: ignore[arg-type]  # a precision's name
         try:
             os.rename(fresh, kept)
             fresh.parent.rmdir()

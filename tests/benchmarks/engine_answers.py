@@ -44,7 +44,7 @@ class EngineAnswers:
         core.add(requests)
         while not core.idle:
             core.iterate()
-        return [client.last(request).log_probabilities for request in requests]  # type: ignore[union-attr]
+        return [client.last(request).log_probabilities for request in requests]  # type: ignore[union-attr]  # all are scored by now
 
     def _core(self) -> Core:
         return Core(self._runner, make_metrics(), max_rows=self._max_rows, encode_tokens=512, clock=Clock())

@@ -31,7 +31,7 @@ def floor_of(runner: Runner, *, rows: int, source: int, target: float, bandwidth
     weights = weight_bytes(runner.manifest, runner.variant)
     state = rows * state_bytes(runner, source=source, target=target)
     known = weights is not None and bandwidth is not None
-    return Floor(weights, state, 1e3 * (weights + state) / bandwidth if known else None)  # type: ignore[operator]
+    return Floor(weights, state, 1e3 * (weights + state) / bandwidth if known else None)  # type: ignore[operator]  # known: both are numbers
 
 
 def decoder_elements(manifest: Manifest) -> int | None:
@@ -47,7 +47,7 @@ def decoder_elements(manifest: Manifest) -> int | None:
 
 def weight_bytes(manifest: Manifest, variant: str) -> int | None:
     """Bytes of these matrices as a step reads them; the file may hold them smaller."""
-    size = _WEIGHT_BYTES.get((variant, manifest.variants[variant].precision))  # type: ignore[index]
+    size = _WEIGHT_BYTES.get((variant, manifest.variants[variant].precision))  # type: ignore[index]  # None is no key, and gives None
     elements = decoder_elements(manifest)
     return None if elements is None or size is None else elements * size
 

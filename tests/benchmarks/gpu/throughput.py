@@ -78,7 +78,7 @@ def serve(artifact: Artifact, runner: Runner, request: Request, concurrency: int
             for _ in range(workers)
         ]
         for core in cores:
-            warm_up(core.runner, core.state, core.batch, core.ladder, encode_tokens=settings.encode_tokens)  # type: ignore[arg-type]
+            warm_up(core.runner, core.state, core.batch, core.ladder, encode_tokens=settings.encode_tokens)  # type: ignore[arg-type]  # the core's own runner
         return cores
 
     pool = sources_of(manifest, min(_DIFFERENT, _ROUNDS * concurrency))
