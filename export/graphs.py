@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from export.decoder_graph import DecoderGraph, state_names
 from export.encoder_graph import EncoderGraph
+from export.equalisation import equalise
 from export.graph_file import Port, save, store_matrices, trace
 from export.profile import Profile
 from export.scorer_graph import ScorerGraph
@@ -108,7 +109,8 @@ def write_reorder(config: TransformerConfig, profile: Profile, path: Path) -> No
 
 
 def _with_arithmetic(model: Transformer, profile: Profile) -> Transformer:
-    return copy.deepcopy(model).eval().to(profile.arithmetic)
+    copied = copy.deepcopy(model).eval()
+    return (equalise(copied) if profile.integer_products else copied).to(profile.arithmetic)
 
 
 def _example_state(port: Port, profile: Profile) -> Tensor:

@@ -61,8 +61,12 @@ def test_sublayers_read_what_stands_before_them(pre_norm: bool) -> None:
 def test_the_scorer_reads_rounded_keys_and_values_as_the_steps_do(
     tmp_path: Path, pre_norm: bool, activation: str
 ) -> None:
-    """A whole target in one pass gives what its steps give: both round, and both by the same scales."""
+    """A whole target in one pass gives what its steps give: both round, and both by the same scales.
+
+    They sum in different orders, so a number between two steps may go to the one here and to the other there: one of
+    1,200 pairs does, by 0.03. If the scorer did not round, these models would differ by 0.8 and more.
+    """
     model = tiny.tiny_checkpoint(pre_norm=pre_norm, activation=activation).transformer()
     decoder = graphs_of(model, CPU["int8"], tmp_path)
     assert decoder.encode([[5, 2]]).state["cross_key_0"].dtype == np.int8
-    assert differences(model, decoder, *some_pairs(300)).scores_to_steps < 1e-4
+    assert differences(model, decoder, *some_pairs(300)).scores_to_steps < 0.1
