@@ -150,7 +150,7 @@ class ServedModel:
             turn = items[start : start + _TEXTS_PER_TURN]
             beginnings = [self._beginning(text, limit) for _, text in turn]
             if sum(map(len, beginnings)) < _INLINE_CHARACTERS:
-                encoded = self.tokenizer.encode_batch(beginnings)
+                encoded = list(map(self.tokenizer.encode, beginnings))
             else:
                 encoded = await asyncio.to_thread(self.tokenizer.encode_batch, beginnings)
             for (index, _), ids in zip(turn, encoded, strict=True):
