@@ -88,8 +88,12 @@ def source_weights(query: Tensor, key: Tensor, lengths: Tensor) -> Tensor:
     """
     scores = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).float()  # (B, H, T, C)
     valid = valid_tokens(lengths, key.shape[2])[:, None, None, :]  # (B, 1, 1, C)
-    weights: Tensor = scores.masked_fill(~valid, -torch.inf).softmax(dim=-1)
-    return weights.mean(dim=1)
+    heads = scores.masked_fill(~valid, -torch.inf).softmax(dim=-1).unbind(1)
+    # One by one: ReduceMean adds the heads of a row alone in another order than those of several rows.
+    total: Tensor = heads[0]
+    for weights in heads[1:]:
+        total = total + weights
+    return total / len(heads)
 
 
 class ScorerGraph(DecoderStack):

@@ -65,13 +65,21 @@ class MicroBatcher:
     """Collects jobs into batches for a translator with `replicas` parallel workers."""
 
     def __init__(
-        self, translator: ctranslate2.Translator, tokenizer: Tokenizer, *, replicas: int, batch: int, window: float
+        self,
+        translator: ctranslate2.Translator,
+        tokenizer: Tokenizer,
+        *,
+        replicas: int,
+        batch: int,
+        window: float,
+        limit: int,
     ) -> None:
         self._translator = translator
         self._tokenizer = tokenizer
         self._vocabulary = Vocabulary(tokenizer, tokenizer.get_vocab_size())
         self._batch = batch
         self._window = window
+        self._limit = limit
         self._waiting: deque[Job] = deque()
         self._came = asyncio.Condition()
         self._threads = ThreadPoolExecutor(replicas)
@@ -120,7 +128,7 @@ class MicroBatcher:
             [self._vocabulary.names(encoding.ids) for encoding in encodings],
             beam_size=parameters.num_beams,
             length_penalty=parameters.length_penalty,
-            max_decoding_length=parameters.max_new_tokens,
+            max_decoding_length=min(parameters.max_new_tokens, self._limit),
             min_decoding_length=parameters.min_new_tokens,
             disable_unk=True,
             return_end_token=True,
@@ -132,13 +140,15 @@ class MicroBatcher:
 
 
 def make_app(
-    translator: ctranslate2.Translator, tokenizer: Tokenizer, *, replicas: int, batch: int, window: float
+    translator: ctranslate2.Translator, tokenizer: Tokenizer, *, replicas: int, batch: int, window: float, limit: int
 ) -> FastAPI:
-    """The application; `window` in seconds."""
+    """The application; `window` in seconds, `limit` the tokens of an answer at most."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.batcher = MicroBatcher(translator, tokenizer, replicas=replicas, batch=batch, window=window)
+        app.state.batcher = MicroBatcher(
+            translator, tokenizer, replicas=replicas, batch=batch, window=window, limit=limit
+        )
         yield
 
     app = FastAPI(lifespan=lifespan)
@@ -175,6 +185,7 @@ def main() -> None:
     parser.add_argument("--intra-threads", type=int, default=1, help="threads of each")
     parser.add_argument("--batch", type=int, default=64, help="inputs of a batch at most")
     parser.add_argument("--window-ms", type=float, default=0.0, help="how long a batch waits to become full")
+    parser.add_argument("--max-tokens", type=int, default=256, help="of an answer: a CTranslate2 model knows no limit")
     arguments = parser.parse_args()
     translator = ctranslate2.Translator(
         str(arguments.model),
@@ -185,7 +196,12 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(arguments.tokenizer))
     tokenizer.encode_special_tokens = True
     app = make_app(
-        translator, tokenizer, replicas=arguments.replicas, batch=arguments.batch, window=arguments.window_ms / 1e3
+        translator,
+        tokenizer,
+        replicas=arguments.replicas,
+        batch=arguments.batch,
+        window=arguments.window_ms / 1e3,
+        limit=arguments.max_tokens,
     )
     uvicorn.run(app, port=arguments.port, log_level="warning", access_log=False, loop="uvloop", http="httptools")
 

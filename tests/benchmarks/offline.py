@@ -131,8 +131,8 @@ def fastest(subject: Subject, num_beams: int, tried: Sequence[Way]) -> Way:
     for environment in {tuple(sorted(way.environment.items())): way.environment for way in tried}.values():
         with Worker("ctranslate2", subject.ctranslate2, subject.tokenizer_file, environment=environment) as worker:
             for way in [way for way in tried if way.environment == environment]:
-                worker.translate(texts[:32], num_beams, **way.options)
-                seconds, _ = worker.translate(texts, num_beams, **way.options)
+                worker.translate(texts[:32], num_beams, **way.options, **subject.ctranslate2_limit)
+                seconds, _ = worker.translate(texts, num_beams, **way.options, **subject.ctranslate2_limit)
                 rates.append((seconds, way))
                 print(f"    {subject.name}, {num_beams} beams, {way}: {len(texts) / seconds:.0f} texts/s", flush=True)
     return min(rates, key=lambda pair: pair[0])[1]
@@ -157,7 +157,7 @@ def compare(subject: Subject, beams: Sequence[int], rounds: int, processors: int
                 few = subject.texts[:: max(1, len(subject.texts) // subject.few)]
                 turns = [
                     ("transduce", transduce, "as installed", subject.texts, {}),
-                    ("ctranslate2", ctranslate2, str(way), subject.texts, way.options),
+                    ("ctranslate2", ctranslate2, str(way), subject.texts, {**way.options, **subject.ctranslate2_limit}),
                     ("transformers", transformers, "float32, batches of 64", few, {}),
                 ]
                 figures = {name: Figures(name, how, len(texts)) for name, _, how, texts, _ in turns}

@@ -69,6 +69,7 @@ class CTranslate2:
         intra_threads: int = 1,
         max_batch_size: int = 64,
         batch_type: str = "examples",
+        max_decoding_length: int = 256,
     ) -> list[str]:
         """One call for all texts; CTranslate2 sorts them by length and makes the batches."""
         import ctranslate2
@@ -84,6 +85,7 @@ class CTranslate2:
             beam_size=num_beams,
             max_batch_size=max_batch_size,
             batch_type=batch_type,
+            max_decoding_length=max_decoding_length,
             disable_unk=True,
         )
         return self._tokenizer.decode_batch([self._vocabulary.ids(result.hypotheses[0]) for result in results])

@@ -81,6 +81,7 @@ def ctranslate2(
     options = [
         *("--window-ms", str(window_ms), "--batch", str(batch)),
         *("--replicas", str(replicas), "--intra-threads", str(intra_threads)),
+        *(() if subject.length is None else ("--max-tokens", str(subject.length))),
     ]
     command = [
         *("-m", "tests.benchmarks.ctranslate2_server", str(subject.ctranslate2), str(subject.tokenizer_file)),

@@ -33,6 +33,11 @@ class Subject:
     """Tokens of every answer, where the weights fix it."""
 
     @property
+    def ctranslate2_limit(self) -> dict[str, int]:
+        """What tells CTranslate2, whose models know no limit of their own, where they end."""
+        return {} if self.length is None else {"max_decoding_length": self.length}
+
+    @property
     def tokenizer_file(self) -> Path:
         """The artifact's, the same for all engines."""
         return self.artifact / "tokenizer.json"

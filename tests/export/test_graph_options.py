@@ -16,7 +16,7 @@ from export.comparison import differences, invariance
 from export.graph_file import Port, save, trace
 from export.graphs import state_tensors, write_decoder, write_encoder, write_scorer
 from export.layers import NORM_DEVIATIONS, Bounded, fused_linear
-from export.profile import CPU, CUDA, Profile
+from export.profile import CPU, CUDA, Precision, Profile
 from export.spread import Normalised
 from model.transformer import Transformer
 from tests import tiny
@@ -129,3 +129,11 @@ def test_what_a_norm_gives_is_quantised_by_a_constant_and_cut_off_beyond_it(tmp_
     with torch.no_grad():
         cut = layer(plain(x).clamp(-2, 2)).numpy()
     np.testing.assert_allclose(run_linear(tmp_path, bounded, x), cut, atol=0.12)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("heads", [3, 8])
+def test_rows_keep_their_bits_with_any_number_of_heads(tmp_path: Path, precision: Precision, heads: int) -> None:
+    """Alignments too, which are means over the heads."""
+    model = tiny.tiny_checkpoint(d_model=8 * heads, num_heads=heads).transformer()
+    assert invariance(graphs_of(model, CPU[precision], tmp_path), *some_pairs(300))[0]
