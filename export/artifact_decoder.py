@@ -23,19 +23,20 @@ from model.search import Hypothesis
 
 Array = NDArray[Any]
 
-_ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+"""Of state tensors, by ONNX Runtime's names."""
 _FIRST_CAPACITY = 16
 
 
-def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """A session on the CPU; threads 0 means as many as there are cores."""
+def open_session(model: Path | bytes, threads: int = 0) -> onnxruntime.InferenceSession:
+    """A session on the CPU, of a file or of what would be in it; threads 0 means as many as there are cores."""
     onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     # Threads that spin while they wait are quicker on an idle machine and many times slower on a busy one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @dataclass
@@ -78,7 +79,7 @@ class ArtifactDecoder:
         files = self.manifest["variants"][variant]
         self._encoder = open_session(directory / files["encoder"], threads)
         self._decoder = open_session(directory / files["decoder"], threads)
-        self._types = {port.name: _ELEMENT_TYPES.get(port.type) for port in self._decoder.get_inputs()}
+        self._types = {port.name: ELEMENT_TYPES.get(port.type) for port in self._decoder.get_inputs()}
         self._outputs = [port.name for port in self._decoder.get_outputs()]
         special = self.manifest["special_tokens"]
         self.pad_id, self.bos_id, self.eos_id = special["pad_id"], special["bos_id"], special["eos_id"]

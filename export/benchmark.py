@@ -1,13 +1,15 @@
 """Times an artifact's graphs on the CPU: `python -m export.benchmark ARTIFACT [--threads 1] [--variant cpu]`.
 
 State is bound in place as the service binds it. Prints the median and the least of many runs: on a machine that does
-other work, the least is nearer to what the graph costs.
+other work, the least is nearer to what the graph costs. Of graphs with products of integers it also tells which share
+a step reaches of the best rate at which ONNX Runtime multiplies integers here, in steps and products by turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -16,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
+from onnx import TensorProto, helper
 
-from export.artifact_decoder import open_session
+from export.artifact_decoder import ELEMENT_TYPES, Array, open_session
 
 ROWS = (1, 8, 32, 64)
 SHAPES = ((1, 8), (1, 16), (8, 16), (32, 16), (8, 64), (1, 512))
@@ -94,13 +98,62 @@ def _some_state(
 ) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     sizes = {"rows": rows, "target_capacity": TARGET_CAPACITY, "source_capacity": source_capacity}
-    types = {port.name: np.float16 if port.type == "tensor(float16)" else np.float32 for port in session.get_inputs()}
-    return {
-        tensor["name"]: rng.normal(
-            size=[axis if isinstance(axis, int) else sizes[axis] for axis in tensor["shape"]]
-        ).astype(types[tensor["name"]])
-        for tensor in state
-    }
+    types = {port.name: ELEMENT_TYPES.get(port.type) for port in session.get_inputs()}
+    found = {}
+    for tensor in state:
+        kind = types[tensor["name"]]
+        shape = [axis if isinstance(axis, int) else sizes[axis] for axis in tensor["shape"]]
+        found[tensor["name"]] = (rng.normal(size=shape) * (16 if kind is np.int8 else 1)).astype(kind)
+    return found
+
+
+def multiplications(path: Path) -> int:
+    """Of integers, for each row of a decoder step: the weights of its products."""
+    graph = onnx.load(path).graph
+    sizes = {tensor.name: int(np.prod(tensor.dims)) for tensor in graph.initializer}
+    for node in graph.node:  # an embedding that is the output projection too
+        if node.op_type == "Transpose" and node.input[0] in sizes:
+            sizes[node.output[0]] = sizes[node.input[0]]
+    return sum(sizes[node.input[1]] for node in graph.node if node.op_type == "MatMulIntegerToFloat")
+
+
+def product_session(rows: int, inputs: int, outputs: int, threads: int) -> Callable[[], object]:
+    """One product of integers by itself, ready to run."""
+    names = ("x", "weight", "x_scale", "weight_scale", "zero")
+    rng = np.random.default_rng(0)
+    weight = rng.integers(-127, 128, (inputs, outputs)).astype(np.int8)
+    scales = np.array(0.02, np.float32), np.full(outputs, 0.01, np.float32)
+    constants: list[Array] = [weight, *scales, np.array(128, np.uint8)]
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMulIntegerToFloat", names, ["y"], domain="com.microsoft")],
+            "product",
+            [helper.make_tensor_value_info("x", TensorProto.UINT8, [rows, inputs])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, outputs])],
+            [onnx.numpy_helper.from_array(value, name) for name, value in zip(names[1:], constants, strict=True)],
+        ),
+        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)],
+    )
+    session = open_session(model.SerializeToString(), threads)
+    feeds = {"x": rng.integers(0, 256, (rows, inputs)).astype(np.uint8)}
+    return lambda: session.run(None, feeds)
+
+
+def share_of_peak(
+    session: onnxruntime.InferenceSession, state: list[dict[str, Any]], each: int, rows: int, threads: int
+) -> tuple[float, float]:
+    """The best rate of integer products, in 10^9 multiplications a second, and the share that a step of rows has of it.
+
+    `each`: the multiplications of a row. Medians of five turns.
+    """
+    shapes = ((256, 512, 2048), (512, 512, 2048), (256, 1024, 1024), (512, 2048, 512))
+    products = [(math.prod(shape), product_session(*shape, threads)) for shape in shapes]
+    rates, shares = [], []
+    for _ in range(5):
+        rate = max(count / milliseconds(run, 20)[0] for count, run in products) / 1e6
+        rates.append(rate)
+        shares.append(each * rows / time_step(session, state, rows, 1)[0] / 1e6 / rate)
+    return statistics.median(rates), statistics.median(shares)
 
 
 def main() -> None:
@@ -120,6 +173,13 @@ def main() -> None:
         for rows in ROWS:
             median, least = time_step(decoder, manifest["state"], rows, k)
             out.write(f"decoder step, {rows:3d} rows, k {k}:    {median:8.3f} ({least:.3f})\n")
+    if each := multiplications(arguments.artifact / files["decoder"]):
+        for rows in ROWS[-2:]:
+            rate, share = share_of_peak(decoder, manifest["state"], each, rows, arguments.threads)
+            out.write(
+                f"decoder step, {rows:3d} rows: {each * rows / 1e9:.3f} 10^9 multiplications of integers, "
+                f"{share:.0%} of the best rate of {rate:.0f} 10^9/s\n"
+            )
     for rows, size in SHAPES:
         median, least = time_encoder(encoder, [size] * rows)
         out.write(f"encoder, {rows:3d} rows of {size:3d} tokens: {median:8.2f} ({least:.2f})\n")
@@ -130,6 +190,8 @@ def main() -> None:
         return
     scorer = open_session(arguments.artifact / files["scorer"], arguments.threads)
     for rows, size in SHAPES[:-1]:
+        if size > manifest["max_target_tokens"]:
+            continue
         for alignment in (False, True):
             median, least = time_scorer(scorer, manifest["state"], rows, size, alignment)
             what = "and alignments" if alignment else ""
