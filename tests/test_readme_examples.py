@@ -12,8 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.served_model import load
-from service.settings import Settings
+from tests.service.real_model import running
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(
@@ -23,12 +22,8 @@ EXAMPLES = re.findall(
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    model = load(Settings(provider="cpu", threads=1))
-    model.engine.start()
-    assert model.engine.wait_ready(60)
-    with TestClient(create_app(model)) as client:
+    with running() as model, TestClient(create_app(model)) as client:
         yield client
-    model.engine.stop()
 
 
 def test_there_are_examples() -> None:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,15 +16,13 @@ from types import SimpleNamespace
 import pytest
 
 from service import __version__, cli
-from service.app import create_app
 from service.bench.arguments import add_arguments
 from service.bench.progress import Progress
 from service.bench.report import Reply, Run
 from service.bench.workload import Clients, Workload
-from service.served_model import load
-from service.server import UvicornServer, configure, open_socket
-from service.settings import Settings
+from tests.service.fake_server import serving
 from tests.service.fake_target import FakeTarget
+from tests.service.real_model import running
 
 
 @pytest.fixture
@@ -212,19 +209,8 @@ def test_ctrl_c_prints_what_there_is(data: str, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def served(tiny_artifact: Path) -> Iterator[str]:
     """The real service with the tiny model."""
-    model = load(Settings(model=f"tiny={tiny_artifact}", provider="cpu", threads=1, max_rows=8))
-    model.engine.start()
-    assert model.engine.wait_ready(60)
-    listener = open_socket("127.0.0.1", 0)
-    server = UvicornServer(configure(create_app(model), model.settings))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
-    model.engine.stop()
+    with running(tiny_artifact, max_rows=8) as model, serving(model) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.mark.parametrize("load_flags", [["--clients", "1,16"], ["--rate", "40"], ["--clients", "4", "--stream"]])

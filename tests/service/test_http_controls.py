@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,18 +14,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.served_model import ServedModel, load
-from service.settings import Settings
+from service.served_model import ServedModel
 from tests.service.fake_server import serving
+from tests.service.real_model import TEXTS, running
 
-TEXTS = [
-    "Where is the station?",
-    "a",
-    "The little cat sees my old house.",
-    "🦜 汉字",
-    "",
-    "to be or not to be, that is it",
-]
 EXTRAS = {"return_scores": True, "return_tokens": True}
 CONTROLS: list[dict[str, Any]] = [
     {},
@@ -45,12 +36,8 @@ CONTROLS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def model(tiny_artifact: Path) -> Iterator[ServedModel]:
-    logging.getLogger("service").setLevel(logging.INFO)
-    model = load(Settings(model=f"tiny={tiny_artifact}", provider="cpu", threads=1, max_rows=24, workers=2))
-    model.engine.start()
-    assert model.engine.wait_ready(60)
-    yield model
-    model.engine.stop()
+    with running(tiny_artifact, max_rows=24, workers=2) as model:
+        yield model
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """HTTP with the real engine and the tiny model: random weights, real graphs, real tokenizer."""
 
 import json
-import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,28 +10,13 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.served_model import load
-from service.settings import Settings
-
-TEXTS = [
-    "Where is the station?",
-    "a",
-    "The little cat sees my old house.",
-    "🦜 汉字",
-    "",
-    "to be or not to be, that is it",
-]
+from tests.service.real_model import TEXTS, running
 
 
 @pytest.fixture(scope="module")
 def client(tiny_artifact: Path) -> Iterator[TestClient]:
-    logging.getLogger("service").setLevel(logging.INFO)
-    model = load(Settings(model=f"tiny={tiny_artifact}", provider="cpu", threads=1, max_rows=8))
-    model.engine.start()
-    assert model.engine.wait_ready(60)
-    with TestClient(create_app(model)) as client:
+    with running(tiny_artifact, max_rows=8) as model, TestClient(create_app(model)) as client:
         yield client
-    model.engine.stop()
 
 
 def generate(client: TestClient, inputs: Any, **parameters: Any) -> dict[str, Any]:
