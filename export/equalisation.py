@@ -42,7 +42,8 @@ def _even_sublayers(layer: EncoderLayer | DecoderLayer, context: Activations) ->
     attention = layer.self_attention
     _move_norm(layer.self_attention_residual, attention.query, attention.key, attention.value)
     _even_values(attention, context)
-    _move_norm(layer.feed_forward_residual, layer.feed_forward.inner)
+    gate = layer.feed_forward.gate
+    _move_norm(layer.feed_forward_residual, layer.feed_forward.inner, *([] if gate is None else [gate]))
 
 
 def _move_norm(residual: Residual, *readers: nn.Linear) -> None:
@@ -51,7 +52,8 @@ def _move_norm(residual: Residual, *readers: nn.Linear) -> None:
         return
     norm = residual.norm
     for layer in readers:
-        layer.bias.add_(layer.weight @ norm.bias)
+        if isinstance(norm, nn.LayerNorm):
+            layer.bias.add_(layer.weight @ norm.bias)
         layer.weight.mul_(norm.weight)
     norm.reset_parameters()
 

@@ -12,7 +12,7 @@ Letters in the shape comments: N outputs and K inputs of a linear layer, V the v
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -39,22 +39,31 @@ class Activations(Protocol):
         """What such a layer makes of it."""
 
 
+Norm: TypeAlias = nn.LayerNorm | nn.RMSNorm
+
+
 @dataclass(frozen=True)
 class Normalised:
-    """A LayerNorm's output."""
+    """A norm's output: features of unit variance, or of mean square one, times the norm's weight."""
 
-    norm: nn.LayerNorm
+    norm: Norm
 
     @property
     def spread(self) -> Spread:
         """Of its features."""
-        return Spread(self.norm.bias.detach().float(), self.norm.weight.detach().float().abs())
+        scale = self.norm.weight.detach().float()
+        shift = self.norm.bias.detach().float() if isinstance(self.norm, nn.LayerNorm) else torch.zeros_like(scale)
+        return Spread(shift, scale.abs())
 
     def through(self, linear: nn.Linear) -> Spread:
-        """As the protocol says. Normalised features sum to zero, so what is common to a row of weights has no part."""
+        """As the protocol says. What a LayerNorm has normalised sums to zero, so what is common to a row of weights has
+        no part.
+        """
         weight, spread = linear.weight.detach().float(), self.spread
         weighted = weight * self.norm.weight.detach().float()  # (N, K)
-        deviation = (weighted - weighted.mean(dim=1, keepdim=True)).norm(dim=1)  # (N,)
+        if isinstance(self.norm, nn.LayerNorm):
+            weighted = weighted - weighted.mean(dim=1, keepdim=True)
+        deviation = weighted.norm(dim=1)  # (N,)
         return Spread(_with_bias(weight @ spread.mean, linear), deviation)
 
 
@@ -106,4 +115,4 @@ def decoder_residuals(model: Transformer) -> list[Residual]:
 def memory_of(model: Transformer) -> Activations:
     """What the encoder gives."""
     norm = model.encoder_norm
-    return Normalised(norm if isinstance(norm, nn.LayerNorm) else encoder_residuals(model)[-1].norm)
+    return Normalised(norm if isinstance(norm, Norm) else encoder_residuals(model)[-1].norm)

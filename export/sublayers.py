@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from export.layers import NORM_DEVIATIONS, SMALLEST_SCALE, Bounded, bounded, fused_linear, last_linear
 from export.ops import skip_layer_norm
 from export.profile import Profile
-from export.spread import Activations, Normalised
+from export.spread import Activations, Norm, Normalised
 from model.transformer import FeedForward, Residual
 
 HIDDEN_DEVIATIONS = 6.0
@@ -32,12 +32,14 @@ class FeedForwardGraph(nn.Module):
 
     def __init__(self, trained: FeedForward, integer: bool, reads: Activations) -> None:
         super().__init__()
-        self.integer = integer
-        self.inner = fused_linear([trained.inner], integer)
+        layers = [trained.inner] if trained.gate is None else [trained.gate, trained.inner]
+        self.inner = fused_linear(layers, integer)
+        self.gated = trained.gate is not None
         gelu = isinstance(trained.activation, nn.GELU)
         # The approximation by tanh is off by less than 0.0005, a fraction of what the integers round away.
         self.activation = nn.GELU(approximate="tanh") if gelu and integer else trained.activation
         self.outer = last_linear(trained.outer, integer)
+        self.bounded = integer and not self.gated  # how far a product of two goes, the weights do not tell
         hidden = reads.through(trained.inner)
         largest = float((hidden.mean + HIDDEN_DEVIATIONS * hidden.deviation).max())
         self.zero = GELU_ZERO if gelu else 0
@@ -45,8 +47,13 @@ class FeedForwardGraph(nn.Module):
 
     def forward(self, x: Tensor | Bounded) -> Tensor:
         """(..., D) -> (..., D); inside (..., F)."""
-        hidden = self.activation(self.inner(x))
-        y: Tensor = self.outer(Bounded(hidden, self.scale, self.zero) if self.integer else hidden)
+        hidden = self.inner(x)
+        if self.gated:
+            gate, value = hidden.chunk(2, dim=-1)
+            hidden = self.activation(gate) * value
+        else:
+            hidden = self.activation(hidden)
+        y: Tensor = self.outer(Bounded(hidden, self.scale, self.zero) if self.bounded else hidden)
         return y
 
 
@@ -89,4 +96,4 @@ class ResidualStream(nn.Module):
 
 def _bound_of(norm: nn.Module) -> float | None:
     """None where there is no norm."""
-    return float(Normalised(norm).spread.bound(NORM_DEVIATIONS).max()) if isinstance(norm, nn.LayerNorm) else None
+    return float(Normalised(norm).spread.bound(NORM_DEVIATIONS).max()) if isinstance(norm, Norm) else None

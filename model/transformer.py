@@ -94,25 +94,47 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Position-wise feed-forward network, section 3.3."""
+    """Position-wise feed-forward network, section 3.3, or one with a gate: Shazeer (2020), "GLU Variants Improve
+    Transformer", equation (6), with biases as everywhere here.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        activation, gated = _ACTIVATIONS[config.activation]
         self.inner = nn.Linear(config.d_model, config.feed_forward_width)
+        self.gate = nn.Linear(config.d_model, config.feed_forward_width) if gated else None
         self.outer = nn.Linear(config.feed_forward_width, config.d_model)
-        self.activation = {"gelu": nn.GELU, "relu": nn.ReLU}[config.activation]()
+        self.activation = activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        return self.outer(self.activation(self.inner(x)))  # inside: (B, L, F)
+        """(B, L, D) -> (B, L, D); inside (B, L, F)."""
+        if self.gate is None:
+            return self.outer(self.activation(self.inner(x)))
+        return self.outer(self.activation(self.gate(x)) * self.inner(x))
+
+
+_ACTIVATIONS: dict[str, tuple[type[nn.Module], bool]] = {
+    "gelu": (nn.GELU, False),
+    "relu": (nn.ReLU, False),
+    "geglu": (nn.GELU, True),
+    "swiglu": (nn.SiLU, True),
+}
+"""Each with whether it is that of a gate."""
+
+
+def new_norm(config: TransformerConfig) -> nn.LayerNorm | nn.RMSNorm:
+    """LayerNorm, or RMSNorm: x / sqrt(mean(x^2) + eps), feature by feature times a weight."""
+    if config.norm == "rms_norm":
+        return nn.RMSNorm(config.d_model, eps=1e-6)
+    return nn.LayerNorm(config.d_model)
 
 
 class Residual(nn.Module):
-    """The sum around each sublayer and its LayerNorm, after the sum (post-norm) or before the sublayer (pre-norm)."""
+    """The sum around each sublayer and its norm, after the sum (post-norm) or before the sublayer (pre-norm)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.d_model)
+        self.norm = new_norm(config)
         self.dropout = Dropout(config.dropout)
         self.pre_norm = config.pre_norm
 
@@ -195,8 +217,8 @@ class Transformer(nn.Module):
         self.target_embedding = Embedding(target_tokens, config.max_target_tokens + 1, config.dropout)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
-        self.encoder_norm = nn.LayerNorm(config.d_model) if config.pre_norm else nn.Identity()
-        self.decoder_norm = nn.LayerNorm(config.d_model) if config.pre_norm else nn.Identity()
+        self.encoder_norm = new_norm(config) if config.pre_norm else nn.Identity()
+        self.decoder_norm = new_norm(config) if config.pre_norm else nn.Identity()
         self.output_projection = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.share_embeddings:
             self.output_projection.weight = target_tokens.weight

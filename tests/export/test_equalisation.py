@@ -15,22 +15,24 @@ from model.transformer import DecoderLayer, EncoderLayer, MultiHeadAttention, Tr
 from tests import tiny
 
 
-def uneven_model(pre_norm: bool) -> Transformer:
+def uneven_model(pre_norm: bool, **options: str) -> Transformer:
     """With norms whose weights and biases differ from feature to feature, as training makes them."""
-    model = tiny.tiny_checkpoint(pre_norm=pre_norm).transformer()
+    model = tiny.tiny_checkpoint(pre_norm=pre_norm, **options).transformer()
     torch.manual_seed(5)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
+            if isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 module.weight.uniform_(0.1, 3.0)
+            if isinstance(module, nn.LayerNorm):
                 module.bias.normal_(std=0.5)
     return model
 
 
 @pytest.mark.parametrize("pre_norm", [True, False])
-def test_an_equalised_model_gives_the_same_logits(pre_norm: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"norm": "rms_norm", "activation": "swiglu"}])
+def test_an_equalised_model_gives_the_same_logits(pre_norm: bool, options: dict[str, str]) -> None:
     """And the same memory, which is an answer of its own; in float64, which rounds what moves away from nothing."""
-    model = uneven_model(pre_norm).double()
+    model = uneven_model(pre_norm, **options).double()
     changed = equalise(copy.deepcopy(model))
     source, lengths, target = torch.randint(3, 300, (4, 9)), torch.tensor([9, 1, 5, 8]), torch.randint(3, 300, (4, 7))
     with torch.no_grad():

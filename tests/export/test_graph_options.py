@@ -137,3 +137,29 @@ def test_rows_keep_their_bits_with_any_number_of_heads(tmp_path: Path, precision
     """Alignments too, which are means over the heads."""
     model = tiny.tiny_checkpoint(d_model=8 * heads, num_heads=heads).transformer()
     assert invariance(graphs_of(model, CPU[precision], tmp_path), *some_pairs(300))[0]
+
+
+BLOCKS = [("layer_norm", "swiglu", True), ("rms_norm", "geglu", True), ("rms_norm", "relu", False)]
+
+
+@pytest.mark.parametrize(("norm", "activation", "pre_norm"), BLOCKS)
+@pytest.mark.parametrize("profile", ["cpu", "cuda"])
+def test_other_norms_and_gates_give_what_the_model_gives(
+    tmp_path: Path, norm: str, activation: str, pre_norm: bool, profile: str
+) -> None:
+    """In fp32, for the CPU and with the operators for CUDA; rows keep their bits."""
+    model = tiny.tiny_checkpoint(norm=norm, activation=activation, pre_norm=pre_norm).transformer()
+    decoder = graphs_of(model, (CPU if profile == "cpu" else CUDA)["fp32"], tmp_path)
+    found = differences(model, decoder, *some_pairs(300))
+    assert 0 < found.logits < 1e-3
+    assert max(found.scores, found.scores_to_steps, found.alignments) < 1e-4
+    assert invariance(decoder, *some_pairs(300))[0]
+
+
+@pytest.mark.parametrize(("norm", "activation", "pre_norm"), BLOCKS)
+def test_other_norms_and_gates_work_in_integers(tmp_path: Path, norm: str, activation: str, pre_norm: bool) -> None:
+    """Rows keep their bits, and the scorer rounds as the steps do."""
+    model = tiny.tiny_checkpoint(norm=norm, activation=activation, pre_norm=pre_norm).transformer()
+    decoder = graphs_of(model, CPU["int8"], tmp_path)
+    assert invariance(decoder, *some_pairs(300)) == (True, True)
+    assert differences(model, decoder, *some_pairs(300)).scores_to_steps < 0.1

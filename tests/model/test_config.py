@@ -20,6 +20,7 @@ from model.config import ConfigurationError, Recipe, TransformerConfig
         ({"pad_id": 1}, "pad_id"),
         ({"encoder_layers": 0}, "encoder_layers"),
         ({"activation": "swish"}, "activation"),
+        ({"norm": "batch_norm"}, "norm"),
         ({"max_source_tokens": 1}, "max_source_tokens"),
     ],
 )

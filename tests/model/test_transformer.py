@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from model.config import TransformerConfig
-from model.transformer import Dropout, MultiHeadAttention, Transformer, attention, sequence_loss, sinusoidal_positions
+from model.transformer import (
+    Dropout,
+    MultiHeadAttention,
+    Transformer,
+    attention,
+    new_norm,
+    sequence_loss,
+    sinusoidal_positions,
+)
 
 X = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]])
 # X X^T / sqrt(4): rows 1 and 2 have no place in common, so their score is 0, not 0.5.
@@ -157,6 +165,38 @@ def test_feed_forward_is_four_times_as_wide_and_gelu() -> None:
     assert layer.inner.out_features == 64
     x = torch.randn(3, 16)
     torch.testing.assert_close(layer(x), layer.outer(torch.nn.functional.gelu(layer.inner(x))))
+
+
+@pytest.mark.parametrize(("activation", "theirs"), [("geglu", "gelu"), ("swiglu", "silu")])
+def test_a_gated_feed_forward_layer_is_the_formula(activation: str, theirs: str) -> None:
+    """outer(activation(gate(x)) * inner(x)), worked out number by number; and a matrix more of parameters."""
+    layer = tiny_model(activation=activation).encoder[0].feed_forward
+    x = torch.randn(3, 16)
+    gate = [
+        [sum(w * v for w, v in zip(row, one, strict=True)) for row in layer.gate.weight.tolist()] for one in x.tolist()
+    ]
+    gate = torch.tensor(gate) + layer.gate.bias
+    squashed = gate * torch.sigmoid(gate) if theirs == "silu" else gate * (1 + torch.erf(gate / 2**0.5)) / 2
+    expected = (squashed * (x @ layer.inner.weight.T + layer.inner.bias)) @ layer.outer.weight.T + layer.outer.bias
+    torch.testing.assert_close(layer(x), expected)
+    plain = tiny_model().encoder[0].feed_forward
+    assert _size(layer) - _size(plain) == 16 * 64 + 64
+
+
+def test_rms_norm_is_the_formula() -> None:
+    """x / sqrt(mean(x^2)) times the weight: of (3, 4, 0, 0) the mean square is 25 / 4."""
+    norm = new_norm(TransformerConfig(d_model=4, num_heads=2, norm="rms_norm"))
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        found = norm(torch.tensor([3.0, 4.0, 0.0, 0.0]))
+    torch.testing.assert_close(found, torch.tensor([1.2, 3.2, 0.0, 0.0]))
+    assert sum("norm" in name for name, _ in tiny_model(norm="rms_norm", pre_norm=True).named_parameters()) == (
+        sum(name.endswith("norm.weight") for name, _ in tiny_model(pre_norm=True).named_parameters())
+    )
+
+
+def _size(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_shared_embeddings_are_one_matrix() -> None:
