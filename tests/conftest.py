@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from export.profile import Precision
     from model.checkpoint import Checkpoint
 
 _ROOT = Path(__file__).parent.parent
@@ -75,7 +76,7 @@ def tiny_post_norm_artifact(
     return _exported(request, "fp32", cuda=False, checkpoint=path)
 
 
-def _exported(request: pytest.FixtureRequest, precision: str, cuda: bool, checkpoint: Path | None = None) -> Path:
+def _exported(request: pytest.FixtureRequest, precision: Precision, cuda: bool, checkpoint: Path | None = None) -> Path:
     """The artifact of a tiny model, from pytest's cache if nothing that makes it has changed."""
     cache = request.config.cache
     assert cache is not None
@@ -88,7 +89,7 @@ def _exported(request: pytest.FixtureRequest, precision: str, cuda: bool, checkp
             checkpoint = request.getfixturevalue("tiny_checkpoint_file")
         sentences: Path = request.getfixturevalue("tiny_sentences")
         fresh = Path(tempfile.mkdtemp(dir=kept.parent)) / "artifact"
-        export_artifact(ExportRequest(checkpoint, fresh, precision, sentences, cuda=cuda))  # type: ignore[arg-type]  # a precision's name
+        export_artifact(ExportRequest(checkpoint, fresh, precision, sentences, cuda=cuda))
         try:
             os.rename(fresh, kept)
             fresh.parent.rmdir()

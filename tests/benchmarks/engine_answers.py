@@ -9,7 +9,7 @@ from typing import Any
 from service.artifact import Artifact
 from service.core import Core
 from service.runner import Runner
-from service.sequence import Result
+from service.sequence import Result, Scored
 from service.settings import Settings
 from service.tokenizer import Tokenizer
 from tests.service.fakes import Client, Clock, make_metrics
@@ -44,7 +44,12 @@ class EngineAnswers:
         core.add(requests)
         while not core.idle:
             core.iterate()
-        return [client.last(request).log_probabilities for request in requests]  # type: ignore[union-attr]  # all are scored by now
+        found = []
+        for request in requests:
+            event = client.last(request)
+            assert isinstance(event, Scored), event
+            found.append(event.log_probabilities)
+        return found
 
     def _core(self) -> Core:
         return Core(self._runner, make_metrics(), max_rows=self._max_rows, encode_tokens=512, clock=Clock())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from service.artifact import Manifest
+from service.artifact import Manifest, VariantName
 from service.runner import Runner
 from tests.benchmarks.gpu.sessions import row_bytes
 
@@ -30,8 +30,9 @@ def floor_of(runner: Runner, *, rows: int, source: int, target: float, bandwidth
     """With so many rows, of sources of so many tokens, at this target position on average."""
     weights = weight_bytes(runner.manifest, runner.variant)
     state = rows * state_bytes(runner, source=source, target=target)
-    known = weights is not None and bandwidth is not None
-    return Floor(weights, state, 1e3 * (weights + state) / bandwidth if known else None)  # type: ignore[operator]  # known: both are numbers
+    if weights is None or bandwidth is None:
+        return Floor(weights, state, None)
+    return Floor(weights, state, 1e3 * (weights + state) / bandwidth)
 
 
 def decoder_elements(manifest: Manifest) -> int | None:
@@ -45,9 +46,9 @@ def decoder_elements(manifest: Manifest) -> int | None:
     return layers * (6 * width * width + 2 * width * (inner or 4 * width)) + vocabulary * width
 
 
-def weight_bytes(manifest: Manifest, variant: str) -> int | None:
+def weight_bytes(manifest: Manifest, variant: VariantName) -> int | None:
     """Bytes of these matrices as a step reads them; the file may hold them smaller."""
-    size = _WEIGHT_BYTES.get((variant, manifest.variants[variant].precision))  # type: ignore[index]  # None is no key, and gives None
+    size = _WEIGHT_BYTES.get((variant, manifest.variants[variant].precision))
     elements = decoder_elements(manifest)
     return None if elements is None or size is None else elements * size
 

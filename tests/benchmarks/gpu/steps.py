@@ -133,8 +133,8 @@ class Meter:
     def score(
         self, source_ids: Ints, source_lengths: Ints, target_ids: Ints, *, alignment: bool
     ) -> tuple[Floats, Floats | None]:
-        """Nobody asks for it here."""
-        raise NotImplementedError
+        """As the runner's."""
+        return self._runner.score(source_ids, source_lengths, target_ids, alignment=alignment)
 
     def step(self, batch: Batch, state: State, k: int, logits: bool) -> StepOutput:
         """As the runner's, with `least_k` candidates or more."""

@@ -67,18 +67,19 @@ def serve(artifact: Artifact, runner: Runner, request: Request, concurrency: int
 
     def open_cores() -> list[Core]:
         """The service's own, but for the self-test: what that says is told by the part `placement`."""
+        runners = [runner.twin() for _ in range(workers)]
         cores = [
             Core(
-                runner.twin(),
+                twin,
                 metrics,
                 max_rows=concurrency // workers,
                 encode_tokens=settings.encode_tokens,
                 clock=time.monotonic,
             )
-            for _ in range(workers)
+            for twin in runners
         ]
-        for core in cores:
-            warm_up(core.runner, core.state, core.batch, core.ladder, encode_tokens=settings.encode_tokens)  # type: ignore[arg-type]  # the core's own runner
+        for twin, core in zip(runners, cores, strict=True):
+            warm_up(twin, core.state, core.batch, core.ladder, encode_tokens=settings.encode_tokens)
         return cores
 
     pool = sources_of(manifest, min(_DIFFERENT, _ROUNDS * concurrency))
