@@ -20,9 +20,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper
+import torch
+from torch import Tensor, nn
 
-from export.artifact_decoder import ELEMENT_TYPES, Array, open_session
+from export.artifact_decoder import ELEMENT_TYPES, open_session
+from export.graph_file import Port, trace
+from export.ops import integer_product
 
 ROWS = (1, 8, 32, 64)
 SHAPES = ((1, 8), (1, 16), (8, 16), (32, 16), (8, 64), (1, 512))
@@ -117,25 +120,25 @@ def multiplications(path: Path) -> int:
     return sum(sizes[node.input[1]] for node in graph.node if node.op_type == "MatMulIntegerToFloat")
 
 
-def product_session(rows: int, inputs: int, outputs: int, threads: int) -> Callable[[], object]:
-    """One product of integers by itself, ready to run."""
-    names = ("x", "weight", "x_scale", "weight_scale", "zero")
-    rng = np.random.default_rng(0)
-    weight = rng.integers(-127, 128, (inputs, outputs)).astype(np.int8)
-    scales = np.array(0.02, np.float32), np.full(outputs, 0.01, np.float32)
-    constants: list[Array] = [weight, *scales, np.array(128, np.uint8)]
-    model = helper.make_model(
-        helper.make_graph(
-            [helper.make_node("MatMulIntegerToFloat", names, ["y"], domain="com.microsoft")],
-            "product",
-            [helper.make_tensor_value_info("x", TensorProto.UINT8, [rows, inputs])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, outputs])],
-            [onnx.numpy_helper.from_array(value, name) for name, value in zip(names[1:], constants, strict=True)],
-        ),
-        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)],
-    )
-    session = open_session(model.SerializeToString(), threads)
-    feeds = {"x": rng.integers(0, 256, (rows, inputs)).astype(np.uint8)}
+class _Product(nn.Module):
+    """One product of integers by itself."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Buffer(torch.randint(-127, 128, (inputs, outputs), dtype=torch.int8))
+        self.scales = nn.Buffer(torch.full((outputs,), 0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (M, K) uint8 -> (M, N) float32."""
+        return integer_product(x, self.weight, torch.tensor(0.02), self.scales, 128)
+
+
+def product(rows: int, inputs: int, outputs: int, threads: int) -> Callable[[], object]:
+    """Of (rows, inputs) and (inputs, outputs), ready to run."""
+    x = torch.randint(0, 256, (rows, inputs), dtype=torch.uint8)
+    graph = trace(_Product(inputs, outputs), [(Port("x", (rows, inputs)), x)], [Port("y", (rows, outputs))])
+    session = open_session(graph.SerializeToString(), threads)
+    feeds = {"x": x.numpy()}
     return lambda: session.run(None, feeds)
 
 
@@ -147,7 +150,7 @@ def share_of_peak(
     `each`: the multiplications of a row. Medians of five turns.
     """
     shapes = ((256, 512, 2048), (512, 512, 2048), (256, 1024, 1024), (512, 2048, 512))
-    products = [(math.prod(shape), product_session(*shape, threads)) for shape in shapes]
+    products = [(math.prod(shape), product(*shape, threads)) for shape in shapes]
     rates, shares = [], []
     for _ in range(5):
         rate = max(count / milliseconds(run, 20)[0] for count, run in products) / 1e6
