@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
 
 T = TypeVar("T")
+
+Activation: TypeAlias = Literal["gelu", "relu", "geglu", "swiglu"]
+Norm: TypeAlias = Literal["layer_norm", "rms_norm"]
 
 
 class ConfigurationError(ValueError):
@@ -33,10 +36,10 @@ class TransformerConfig:
     encoder_layers: int = 6
     decoder_layers: int = 6
     dropout: float = 0.1
-    activation: Literal["gelu", "relu", "geglu", "swiglu"] = "gelu"
+    activation: Activation = "gelu"
     """Of the feed-forward layer. geglu and swiglu (Shazeer, 2020): a linear layer times the GELU or SiLU of another, so
     one matrix more; a d_ff of 8/3 * d_model costs as much with a gate as 4 * d_model does without."""
-    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    norm: Norm = "layer_norm"
     """LayerNorm (Ba et al., 2016), or RMSNorm (Zhang and Sennrich, 2019), which has neither mean nor bias."""
     pre_norm: bool = False
     """False: LayerNorm(x + Sublayer(x)), as in the paper. True: x + Sublayer(LayerNorm(x)), and a last LayerNorm."""
@@ -59,11 +62,10 @@ class TransformerConfig:
         _check(self.d_model % 2 == 0, "d_model", "even (each sine has its cosine)", self.d_model)
         _check(self.d_ff >= 0, "d_ff", "0 (4 * d_model) or more", self.d_ff)
         _check(0.0 <= self.dropout < 1.0, "dropout", "at least 0 and below 1", self.dropout)
-        for name, values in (
-            ("activation", ("gelu", "relu", "geglu", "swiglu")),
-            ("norm", ("layer_norm", "rms_norm")),
-        ):
-            _check(getattr(self, name) in values, name, "one of " + ", ".join(values), getattr(self, name))
+        for name, kind in (("activation", Activation), ("norm", Norm)):
+            _check(
+                getattr(self, name) in get_args(kind), name, "one of " + ", ".join(get_args(kind)), getattr(self, name)
+            )
         special = {self.pad_id, self.bos_id, self.eos_id}
         _check(
             len(special) == 3,

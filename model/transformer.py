@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.config import TransformerConfig
+from model.config import Activation, TransformerConfig
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ class FeedForward(nn.Module):
         return self.outer(self.activation(self.gate(x)) * self.inner(x))
 
 
-_ACTIVATIONS: dict[str, tuple[type[nn.Module], bool]] = {
+_ACTIVATIONS: dict[Activation, tuple[type[nn.Module], bool]] = {
     "gelu": (nn.GELU, False),
     "relu": (nn.ReLU, False),
     "geglu": (nn.GELU, True),
