@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from export.layers import SMALLEST_SCALE
 from export.ops import Scales, signed
 from export.spread import Activations
 from model.transformer import MultiHeadAttention
@@ -26,7 +27,7 @@ class IntegerState(nn.Module):
         super().__init__()
         shape = (1, trained.num_heads, 1, -1)
         key, value = (
-            (context.through(layer).bound(STATE_DEVIATIONS) / 127).clamp_min(1e-12)
+            (context.through(layer).bound(STATE_DEVIATIONS) / 127).clamp_min(SMALLEST_SCALE)
             for layer in (trained.key, trained.value)
         )
         self.register_buffer("key", key.reshape(shape))

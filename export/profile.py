@@ -17,7 +17,7 @@ class Profile:
     precision: Precision
     """What the manifest calls it."""
     arithmetic: torch.dtype
-    """Of everything but integers: also the element type of the decoder's state."""
+    """Of everything but integers; the element type of the decoder's state too, unless that is integers."""
     integer_products: bool
     """Products of uint8 activations, quantised by a constant, and int8 weights, quantised output by output."""
     integer_state: bool

@@ -6,6 +6,8 @@ vocabulary.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 
@@ -90,9 +92,7 @@ def source_weights(query: Tensor, key: Tensor, lengths: Tensor) -> Tensor:
     valid = valid_tokens(lengths, key.shape[2])[:, None, None, :]  # (B, 1, 1, C)
     heads = scores.masked_fill(~valid, -torch.inf).softmax(dim=-1).unbind(1)
     # One by one: ReduceMean adds the heads of a row alone in another order than those of several rows.
-    total: Tensor = heads[0]
-    for weights in heads[1:]:
-        total = total + weights
+    total: Tensor = reduce(torch.add, heads)
     return total / len(heads)
 
 

@@ -39,11 +39,13 @@ class FeedForwardGraph(nn.Module):
         # The approximation by tanh is off by less than 0.0005, a fraction of what the integers round away.
         self.activation = nn.GELU(approximate="tanh") if gelu and integer else trained.activation
         self.outer = last_linear(trained.outer, integer)
-        self.bounded = integer and not self.gated  # how far a product of two goes, the weights do not tell
-        hidden = reads.through(trained.inner)
-        largest = float((hidden.mean + HIDDEN_DEVIATIONS * hidden.deviation).max())
-        self.zero = GELU_ZERO if gelu else 0
-        self.scale = max(largest / (255 - self.zero), GELU_LEAST / GELU_ZERO if gelu else SMALLEST_SCALE)
+        self.steps: tuple[float, int] | None = None
+        """Scale and zero of the hidden activations, where the weights tell them: of a product of two they do not."""
+        if integer and not self.gated:
+            hidden = reads.through(trained.inner)
+            largest = float((hidden.mean + HIDDEN_DEVIATIONS * hidden.deviation).max())
+            zero = GELU_ZERO if gelu else 0
+            self.steps = max(largest / (255 - zero), GELU_LEAST / GELU_ZERO if gelu else SMALLEST_SCALE), zero
 
     def forward(self, x: Tensor | Bounded) -> Tensor:
         """(..., D) -> (..., D); inside (..., F)."""
@@ -53,7 +55,7 @@ class FeedForwardGraph(nn.Module):
             hidden = self.activation(gate) * value
         else:
             hidden = self.activation(hidden)
-        y: Tensor = self.outer(Bounded(hidden, self.scale, self.zero) if self.bounded else hidden)
+        y: Tensor = self.outer(hidden if self.steps is None else Bounded(hidden, *self.steps))
         return y
 
 
