@@ -58,6 +58,14 @@ def some_pairs(config_vocab: int) -> tuple[list[list[int]], list[list[int]]]:
     )
 
 
+def assert_scored_as_stepped(model: Transformer, decoder: ArtifactDecoder) -> None:
+    """Of 40 pairs all but one within 1e-4, and that one within 0.1."""
+    pairs = zip(*some_pairs(300), strict=True)
+    found = sorted(differences(model, decoder, [source], [target]).scores_to_steps for source, target in pairs)
+    assert found[-2] < 1e-4
+    assert found[-1] < 0.1
+
+
 @pytest.mark.parametrize("provider", ["cpu", "cuda"])
 def test_post_norm_relu_and_separate_embeddings_of_odd_sizes_export(tmp_path: Path, provider: str) -> None:
     """In fp32, for the CPU and for CUDA's operators, the graphs give PyTorch's logits, its scores, and its attention in
@@ -162,4 +170,4 @@ def test_other_norms_and_gates_work_in_integers(tmp_path: Path, norm: str, activ
     model = tiny.tiny_checkpoint(norm=norm, activation=activation, pre_norm=pre_norm).transformer()
     decoder = graphs_of(model, CPU["int8"], tmp_path)
     assert invariance(decoder, *some_pairs(300)) == (True, True)
-    assert differences(model, decoder, *some_pairs(300)).scores_to_steps < 0.1
+    assert_scored_as_stepped(model, decoder)
