@@ -44,11 +44,12 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         # Their flags are made of the HTTP schema, whose library is not loaded for the help of other commands.
         from service.commands.parameter_flags import add_parameters
 
-        parser.parse_known_args = parse  # type: ignore[method-assign]  # once
+        parser.parse_known_args = parse  # type: ignore[method-assign]  # the flags are added once
         add_parameters(parser.add_argument_group("generation", "the parameters of POST /v1/generate"), _PARAMETERS)
         return parse(*args, **options)
 
-    parser.parse_known_args = parse_with_parameters  # type: ignore[method-assign]
+    # The one call by which argparse enters a subcommand's parser: it has no hook for flags that are added on the way.
+    parser.parse_known_args = parse_with_parameters  # type: ignore[method-assign]  # an instance's own, on purpose
 
 
 def run(arguments: argparse.Namespace) -> int:
