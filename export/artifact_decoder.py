@@ -124,7 +124,7 @@ class ArtifactDecoder:
     def _grow(self, rows: Rows, wanted: int) -> None:
         """Make room in the caches, twice as much each time."""
         for tensor in self.manifest["state"]:
-            if tensor["kind"] == "cache":
+            if "target_capacity" in tensor["shape"]:
                 axis, array = tensor["shape"].index("target_capacity"), rows.state[tensor["name"]]
                 if array.shape[axis] < wanted:
                     room = [(0, array.shape[axis] if n == axis else 0) for n in range(array.ndim)]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from export.artifact_decoder import Array, ArtifactDecoder
+from model.attention import CrossAttention, attention
 from model.data import pad_rows
-from model.transformer import DecoderLayer, MultiHeadAttention, Transformer, attention
+from model.transformer import Transformer
 
 BATCH_SHAPES = ((1, 0), (2, 5), (7, 0), (16, 24), (33, 0), (64, 40))
 """Rows of a batch, and how many places it is padded beyond its longest source and target."""
@@ -91,19 +92,21 @@ def _torch_reads(
     attended: list[Tensor] = []
 
     def look(module: nn.Module, arguments: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        assert isinstance(module, MultiHeadAttention)
+        assert isinstance(module, CrossAttention)
         x, memory, mask = arguments
-        query, key = module.split_heads(module.query(x)), module.split_heads(module.key(memory))
+        query, key, _ = module.heads(x, memory)
+        key = module.for_all_heads(key)
         attended.append(attention(query, key, key, mask)[1].mean(dim=1))
 
-    layer = model.decoder[alignment_layer]
-    assert isinstance(layer, DecoderLayer)
-    hook = layer.cross_attention.register_forward_hook(look)
+    order = config.decoder_order
+    hook = model.decoder_stack[alignment_layer].cross_attention.register_forward_hook(look)
     try:
         logits = model(pad_rows(sources, config.pad_id), lengths, inputs)
     finally:
         hook.remove()
-    return logits.numpy(), attended[0].numpy()
+    # A layer that is shared was called for each of its places.
+    earlier = order[:alignment_layer].count(order[alignment_layer])
+    return logits.numpy(), attended[earlier].numpy()
 
 
 def invariance(decoder: ArtifactDecoder, sources: list[list[int]], targets: list[list[int]]) -> tuple[bool, bool]:

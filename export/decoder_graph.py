@@ -1,12 +1,12 @@
 """One step of the decoder as a graph: the last token of every row and the state, to candidates and the next state.
 
-Letters in the shape comments: B rows, D = d_model, H heads, K = D / H, C a capacity, V the vocabulary.
+Letters in the shape comments: B rows, D = d_model, H heads, G heads of keys and values, K = D / H, C a capacity, V the
+vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,82 +23,37 @@ from export.layers import (
     last_linear,
 )
 from export.ops import (
+    Heads,
     cached_attention_over_lengths,
     cross_attention_of_integers,
     cross_attention_rewriting,
     cross_attention_step,
-    self_attention_step,
     side_by_side,
     slices_of,
-    tensor_scatter,
     top,
 )
 from export.profile import Profile
+from export.self_attention import STEP_ATTENTIONS, Places
 from export.spread import Activations, decoder_residuals, memory_of, read_by
+from export.state import target_state
 from export.sublayers import FeedForwardGraph, ResidualStream
-from model.transformer import DecoderLayer, MultiHeadAttention, Transformer
+from model.attention import CrossAttention, SelfAttention
+from model.positions import RelativeBias
+from model.transformer import StackPositions, Transformer
 
-Attends = Callable[[MultiHeadAttention, Profile, Activations], nn.Module]
-"""Makes the module of an attention out of the trained one, and of what its keys and values are made of."""
+AttendsToTarget = Callable[[SelfAttention, Profile, Activations, StackPositions], nn.Module]
+"""Makes the module of a self-attention out of the trained one, of what it reads, and of its stack's positions."""
 
-
-def state_names(layer: int) -> tuple[str, str, str, str]:
-    """The state tensors of one decoder layer, in the order in which DecoderGraph takes them."""
-    return f"self_key_{layer}", f"self_value_{layer}", f"cross_key_{layer}", f"cross_value_{layer}"
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where each row is, in the forms that the attention operators want; worked out once for all layers."""
-
-    positions: Tensor  # (B,) int64, of the new position
-    lengths: Tensor  # (B,) int64, of the source
-    last_target: Tensor  # (B,) int32, the new position
-    last_source: Tensor  # (B,) int32, the source's last position
-    target_capacity: Tensor  # () int32
-    source_capacity: Tensor  # () int32; capacities bound the lengths, and are known without looking at any value
-
-    @classmethod
-    def of(cls, positions: Tensor, lengths: Tensor, self_key: Tensor, cross_key: Tensor) -> Places:
-        """positions and lengths (B,), and any cache of each kind (B, H, C, K)."""
-        capacities = (torch.scalar_tensor(cache.shape[2], dtype=torch.int32) for cache in (self_key, cross_key))
-        return cls(positions, lengths, positions.to(torch.int32), (lengths - 1).to(torch.int32), *capacities)
-
-
-class SelfAttentionGraph(nn.Module):
-    """Attention of one new position over the target so far."""
-
-    def __init__(self, trained: MultiHeadAttention, profile: Profile, context: Activations) -> None:
-        super().__init__()
-        self.num_heads = trained.num_heads
-        self.grouped = profile.self_attention == "group_query"
-        self.packed = fused_linear([trained.query, trained.key, trained.value], profile.integer_products)
-        self.output = last_linear(trained.output, profile.integer_products)
-        self.bound = heads_bound(trained, context) if profile.integer_products else None
-        self.state = IntegerState(trained, context) if profile.integer_state else None
-
-    def forward(self, x: Tensor | Bounded, places: Places, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, 1, D), caches (B, H, C, K) -> (B, 1, D), and both caches with the new position."""
-        packed = self.packed(x)  # (B, 1, 3 * D)
-        if self.grouped:
-            last, bound = places.last_target, places.target_capacity
-            scales = None if self.state is None else self.state.scales
-            heads, key, value = self_attention_step(packed, key, value, last, bound, self.num_heads, scales)
-            return self.output(bounded(heads, self.bound)), key, value
-        shape = (packed.shape[0], 3, self.num_heads, 1, packed.shape[2] // (3 * self.num_heads))
-        query, new_key, new_value = packed.reshape(shape).unbind(1)  # three (B, H, 1, K)
-        key = tensor_scatter(key, new_key, places.positions)
-        value = tensor_scatter(value, new_value, places.positions)
-        heads = cached_attention_over_lengths(query, key, value, places.positions + 1)  # (B, H, 1, K)
-        return self.output(bounded(heads.reshape(x.shape), self.bound)), key, value
+AttendsToSource = Callable[[CrossAttention, Profile, Activations], nn.Module]
+"""The same of a cross-attention, whose keys and values are made of the memory."""
 
 
 class CrossAttentionGraph(nn.Module):
     """Attention of one new position over the source."""
 
-    def __init__(self, trained: MultiHeadAttention, profile: Profile, context: Activations) -> None:
+    def __init__(self, trained: CrossAttention, profile: Profile, context: Activations) -> None:
         super().__init__()
-        self.num_heads = trained.num_heads
+        self.heads = Heads.of(trained)
         self.kind = profile.cross_attention
         self.query = fused_linear([trained.query], profile.integer_products)
         self.output = last_linear(trained.output, profile.integer_products)
@@ -106,21 +61,21 @@ class CrossAttentionGraph(nn.Module):
         self.state = IntegerState(trained, context) if profile.integer_state else None
 
     def forward(self, x: Tensor | Bounded, places: Places, key: Tensor, value: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """x (B, 1, D), the source's keys and values (B, H, C, K) -> (B, 1, D), and what had to be written back."""
+        """x (B, 1, D), the source's keys and values (B, G, C, K) -> (B, 1, D), and what had to be written back."""
         query = self.query(x)  # (B, 1, D)
         if self.kind == "attention":
-            shape = (x.shape[0], self.num_heads, 1, x.shape[2] // self.num_heads)
-            heads = cached_attention_over_lengths(query.reshape(shape), key, value, places.lengths)
-            return self.output(bounded(heads.reshape(x.shape), self.bound)), []
-        arguments = (query, key, value, places.last_source, places.source_capacity, self.num_heads)
+            shape = (x.shape[0], self.heads.queries, 1, x.shape[2] // self.heads.queries)
+            attended = cached_attention_over_lengths(query.reshape(shape), key, value, places.lengths)
+            return self.output(bounded(attended.reshape(x.shape), self.bound)), []
+        arguments = (query, key, value, places.last_source, places.source_capacity, self.heads)
         written: list[Tensor] = []
         if self.state is not None:
-            heads, *written = cross_attention_of_integers(*arguments, self.state.scales)
+            attended, *written = cross_attention_of_integers(*arguments, self.state.scales)
         elif self.kind == "group_query":
-            heads = cross_attention_step(*arguments)
+            attended = cross_attention_step(*arguments)
         else:
-            heads, *written = cross_attention_rewriting(*arguments)
-        return self.output(bounded(heads, self.bound)), written
+            attended, *written = cross_attention_rewriting(*arguments)
+        return self.output(bounded(attended, self.bound)), written
 
 
 def best_tokens(scores: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,16 +104,23 @@ class DecoderStack(nn.Module):
     Whether they read one position or a whole target is the matter of the attentions that they bring.
     """
 
-    def __init__(self, model: Transformer, profile: Profile, self_attention: Attends, cross_attention: Attends) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        profile: Profile,
+        self_attention: AttendsToTarget,
+        cross_attention: AttendsToSource,
+    ) -> None:
         super().__init__()
         config, integer = model.config, profile.integer_products
         matrix = IntegerMatrix(model.target_embedding.tokens.weight) if integer else None
         self.embedding = TokenEmbedding(model.target_embedding, matrix)
-        layers = [layer for layer in model.decoder if isinstance(layer, DecoderLayer)]
+        layers = model.decoder_stack
         residuals = decoder_residuals(model)
         reads, memory = read_by(model.target_embedding, residuals), memory_of(model)
         self.self_attentions = nn.ModuleList(
-            self_attention(layer.self_attention, profile, reads[3 * number]) for number, layer in enumerate(layers)
+            self_attention(layer.self_attention, profile, reads[3 * number], model.target_positions)
+            for number, layer in enumerate(layers)
         )
         self.cross_attentions = nn.ModuleList(
             cross_attention(layer.cross_attention, profile, memory) for layer in layers
@@ -186,32 +148,45 @@ class DecoderGraph(DecoderStack):
     """One step: embedding, layers, output projection, and the k best next tokens with their log-probabilities."""
 
     def __init__(self, model: Transformer, profile: Profile) -> None:
-        super().__init__(model, profile, SelfAttentionGraph, CrossAttentionGraph)
+        config = model.config
+        super().__init__(model, profile, STEP_ATTENTIONS[config.decoder_attention], CrossAttentionGraph)
+        self.bias = model.target_positions.bias
+        self.ring = config.decoder_attention == "window"
+        self.own_tensors = len(target_state(config, 0))
         self.never = [model.config.pad_id, model.config.bos_id]
 
     def forward(
         self, last_ids: Tensor, positions: Tensor, source_lengths: Tensor, k: Tensor, *state: Tensor
     ) -> tuple[Tensor, ...]:
-        """last_ids, positions, source_lengths (B,), k (), state four tensors a layer -> candidate_ids (B, k), their
+        """last_ids, positions, source_lengths (B,), k (), state of each layer -> candidate_ids (B, k), their
         log-probabilities (B, k), logits (B, V), and the state tensors that were written, in the order of the state.
         """
-        places = Places.of(positions, source_lengths, state[0], state[2])
+        own = self.own_tensors
+        bias = None if self.bias is None else self._bias_of(self.bias, positions, state[0].shape[2])
+        places = Places.of(positions, source_lengths, state[0], state[own], bias)
         total, x = self.stream.start(self.embedding.step(last_ids, positions).unsqueeze(1))  # both (B, 1, D)
         written: list[Tensor] = []
         layers = zip(self.self_attentions, self.cross_attentions, self.feed_forwards, strict=True)
         for number, (self_attention, cross_attention, feed_forward) in enumerate(layers):
-            self_key, self_value, cross_key, cross_value = state[4 * number : 4 * number + 4]
-            output, next_key, next_value = self_attention(x, places, self_key, self_value)
+            of_layer = state[(own + 2) * number : (own + 2) * (number + 1)]
+            output, updated = self_attention(x, places, *of_layer[:own])
             total, x = self.stream.add(3 * number, total, output)
-            output, rewritten = cross_attention(x, places, cross_key, cross_value)
+            output, rewritten = cross_attention(x, places, *of_layer[own:])
             total, x = self.stream.add(3 * number + 1, total, output)
             output = feed_forward(x)
             if number + 1 == len(self.feed_forwards):
                 total, output = total.squeeze(1), output.squeeze(1)  # (B, D)
             total, x = self.stream.add(3 * number + 2, total, output)
-            written += [next_key, next_value, *rewritten]
+            written += [*updated, *rewritten]
         logits = self.output_projection(x).float()  # (B, V)
         # Padding and the start token are no candidates, but the distribution stays the model's: they are in its sum.
         never = torch.tensor([self.never]).expand(logits.shape[0], 2)
         scores, candidates = best_tokens(logits.log_softmax(dim=-1).scatter(1, never, -torch.inf), k)
         return candidates, scores, logits, *written
+
+    def _bias_of(self, bias: RelativeBias, positions: Tensor, capacity: int) -> Tensor:
+        """Of the scores of the places of a cache (B, H, 1, C) at positions (B,)."""
+        places = torch.arange(capacity)
+        keys = positions[:, None] - (positions[:, None] - places) % capacity if self.ring else places[None]
+        y: Tensor = bias(positions[:, None], keys)
+        return y

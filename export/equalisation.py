@@ -15,7 +15,8 @@ from torch import nn
 from export.integer_state import HEADS_DEVIATIONS
 from export.layers import SMALLEST_SCALE
 from export.spread import Activations, decoder_residuals, encoder_residuals, memory_of, read_by
-from model.transformer import DecoderLayer, EncoderLayer, MultiHeadAttention, Residual, Transformer
+from model.attention import MultiHeadAttention
+from model.transformer import DecoderLayer, EncoderLayer, Residual, Transformer
 
 LARGEST_RATIO = 1e6
 """A feature that hardly moves is made no more than so much larger: what it is then multiplied by stays a number."""
@@ -24,13 +25,11 @@ LARGEST_RATIO = 1e6
 @torch.no_grad()
 def equalise(model: Transformer) -> Transformer:
     """Changes the model, and returns it: its answers are as before, but for rounding."""
-    encoder = [layer for layer in model.encoder if isinstance(layer, EncoderLayer)]
     reads = read_by(model.source_embedding, encoder_residuals(model))
-    for number, layer in enumerate(encoder):
+    for number, layer in enumerate(model.encoder_stack):
         _even_sublayers(layer, reads[2 * number])
-    decoder = [layer for layer in model.decoder if isinstance(layer, DecoderLayer)]
     reads = read_by(model.target_embedding, decoder_residuals(model))
-    for number, block in enumerate(decoder):
+    for number, block in enumerate(model.decoder_stack):
         _even_sublayers(block, reads[3 * number])
         _move_norm(block.cross_attention_residual, block.cross_attention.query)
         _even_values(block.cross_attention, memory_of(model))
@@ -60,8 +59,9 @@ def _move_norm(residual: Residual, *readers: nn.Linear) -> None:
 
 def _even_values(attention: MultiHeadAttention, context: Activations) -> None:
     """All features of the values, made of this context, with the same bound, and so of what attention makes of them."""
-    bound = context.through(attention.value).bound(HEADS_DEVIATIONS)  # (D,)
+    bound = context.through(attention.value).bound(HEADS_DEVIATIONS)  # (G * K,)
     ratio = (bound / bound.max().clamp_min(SMALLEST_SCALE)).clamp_min(1 / LARGEST_RATIO)
     attention.value.weight.div_(ratio[:, None])
     attention.value.bias.div_(ratio)
-    attention.output.weight.mul_(ratio)
+    groups = ratio.view(attention.num_kv_heads, 1, -1).expand(-1, attention.num_heads // attention.num_kv_heads, -1)
+    attention.output.weight.mul_(groups.flatten())

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from export.artifact_decoder import ArtifactDecoder
+from export.encoder_parity import ArtifactEncoder, EncoderFigures, measure_encoder
 from export.errors import ExportError, ParityError
 from export.graphs import write_decoder, write_encoder, write_reorder, write_scorer
 from export.manifest import checksums, new_manifest, write_manifest
-from export.parity import measure, reference_translations
+from export.parity import Figures, measure, reference_translations
 from export.profile import CPU, CUDA, Precision, Profile
 from export.sentences import Sentences
 from model.checkpoint import Checkpoint
@@ -73,12 +74,29 @@ def _fill(
         manifest["variants"][variant] = _write_graphs(model, profile, manifest["alignment_layer"], variant, directory)
     write_manifest(directory, manifest)
 
-    logger.info("translating %d sentences with PyTorch", len(sentences.sources))
-    reference = reference_translations(model, checkpoint.tokenizer, sentences)
-    decoders = {variant: ArtifactDecoder(directory, variant) for variant in profiles}
+    figures_of: dict[str, Figures] | dict[str, EncoderFigures]
+    if model.config.decoder_layers:
+        logger.info("translating %d sentences with PyTorch", len(sentences.sources))
+        reference = reference_translations(model, checkpoint.tokenizer, sentences)
+        decoders = {variant: ArtifactDecoder(directory, variant) for variant in profiles}
+        figures_of = {
+            variant: measure(model, decoders[variant], profile.precision, checkpoint.tokenizer, sentences, reference)
+            for variant, profile in profiles.items()
+        }
+        manifest["self_test"] = _self_test(sentences, decoders)
+    else:
+        encoders = {
+            variant: ArtifactEncoder(directory / manifest["variants"][variant]["encoder"]) for variant in profiles
+        }
+        figures_of = {
+            variant: measure_encoder(model, encoders[variant], profile.precision, sentences.sources)
+            for variant, profile in profiles.items()
+        }
+        if model.config.labels:
+            manifest["self_test"] = _labels_of_self_test(sentences, encoders, model.config.labels)
     failures = []
     for variant, profile in profiles.items():
-        figures = measure(model, decoders[variant], profile.precision, checkpoint.tokenizer, sentences, reference)
+        figures = figures_of[variant]
         logger.info("%s: %s", variant, figures)
         manifest["parity"][variant] = {
             "precision": profile.precision,
@@ -89,18 +107,22 @@ def _fill(
         failures += [f"{variant}: {failure} (measured: {figures})" for failure in figures.failures()]
     if failures:
         raise ParityError("the graphs differ from the model: " + "; ".join(failures) + ". Nothing was written.")
-    manifest["self_test"] = _self_test(sentences, decoders)
     manifest["files"] = checksums(directory)
     write_manifest(directory, manifest)
 
 
 def _write_graphs(
-    model: Transformer, profile: Profile, alignment_layer: int, variant: str, directory: Path
+    model: Transformer, profile: Profile, alignment_layer: int | None, variant: str, directory: Path
 ) -> dict[str, str]:
     """Write the graphs of a variant; returns its entry in the manifest."""
+    if model.config.decoder_layers == 0:
+        entry = {"encoder": f"{variant}/encoder.onnx"}
+        write_encoder(model, profile, directory / entry["encoder"])
+        return {"precision": profile.precision, **entry}
     entry = {name: f"{variant}/{name}.onnx" for name in ("encoder", "decoder", "scorer")}
     write_encoder(model, profile, directory / entry["encoder"])
     write_decoder(model, profile, directory / entry["decoder"])
+    assert alignment_layer is not None
     write_scorer(model, profile, alignment_layer, directory / entry["decoder"], directory / entry["scorer"])
     if variant == "cuda":
         entry["reorder"] = f"{variant}/reorder.onnx"
@@ -110,8 +132,7 @@ def _write_graphs(
 
 def _self_test(sentences: Sentences, decoders: dict[str, ArtifactDecoder]) -> list[dict[str, Any]]:
     """Sentences from the shortest to the longest, with each variant's greedy answer."""
-    order = sorted(range(len(sentences.sources)), key=lambda i: len(sentences.sources[i]))
-    chosen = [order[round(n * (len(order) - 1) / (SELF_TESTS - 1))] for n in range(SELF_TESTS)]
+    chosen = _for_self_test(sentences)
     answers = {
         variant: decoder.greedy([sentences.sources[i] for i in chosen], batch_rows=1)
         for variant, decoder in decoders.items()
@@ -124,6 +145,31 @@ def _self_test(sentences: Sentences, decoders: dict[str, ArtifactDecoder]) -> li
         }
         for place, i in enumerate(chosen)
     ]
+
+
+def _labels_of_self_test(
+    sentences: Sentences, encoders: dict[str, ArtifactEncoder], labels: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """The same with each variant's label."""
+    chosen = _for_self_test(sentences)
+    found = {
+        variant: [labels[encoder.labels([sentences.sources[i]])[0]] for i in chosen]
+        for variant, encoder in encoders.items()
+    }
+    return [
+        {
+            "source": sentences.texts[i],
+            "source_ids": sentences.sources[i],
+            "labels": {variant: answers[place] for variant, answers in found.items()},
+        }
+        for place, i in enumerate(chosen)
+    ]
+
+
+def _for_self_test(sentences: Sentences) -> list[int]:
+    """Numbers of sentences from the shortest to the longest."""
+    order = sorted(range(len(sentences.sources)), key=lambda i: len(sentences.sources[i]))
+    return [order[round(n * (len(order) - 1) / (SELF_TESTS - 1))] for n in range(SELF_TESTS)]
 
 
 def _put_in_place(partial: Path, destination: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from export.layers import SMALLEST_SCALE
 from export.ops import Scales, signed
 from export.spread import Activations
-from model.transformer import MultiHeadAttention
+from model.attention import MultiHeadAttention
 
 STATE_DEVIATIONS = 8.0
 """Keys and values are told apart up to so many deviations; what is beyond is cut off."""
@@ -22,16 +22,18 @@ HEADS_DEVIATIONS = 5.0
 class IntegerState(nn.Module):
     """The scales of one attention's keys and values."""
 
-    def __init__(self, trained: MultiHeadAttention, context: Activations) -> None:
-        """`context` is what keys and values are made of."""
+    def __init__(self, trained: MultiHeadAttention, context: Activations, rotated: bool = False) -> None:
+        """`context` is what keys and values are made of; keys may be rotated before they are kept."""
         super().__init__()
-        shape = (1, trained.num_heads, 1, -1)
+        shape = (1, trained.num_kv_heads, 1, -1)
         key, value = (
-            (context.through(layer).bound(STATE_DEVIATIONS) / 127).clamp_min(SMALLEST_SCALE)
-            for layer in (trained.key, trained.value)
+            context.through(layer).bound(STATE_DEVIATIONS).reshape(shape) for layer in (trained.key, trained.value)
         )
-        self.register_buffer("key", key.reshape(shape))
-        self.register_buffer("value", value.reshape(shape))
+        if rotated:  # either side of a plane can become as long as the two together
+            sides = torch.stack(key.chunk(2, dim=-1)).norm(dim=0)
+            key = torch.cat([sides, sides], dim=-1)
+        self.register_buffer("key", (key / 127).clamp_min(SMALLEST_SCALE))
+        self.register_buffer("value", (value / 127).clamp_min(SMALLEST_SCALE))
         self.key: Tensor
         self.value: Tensor
 
@@ -41,11 +43,11 @@ class IntegerState(nn.Module):
         return self.key, self.value
 
     def expand(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """int8 (B, H, C, K) -> float32."""
+        """int8 (B, G, C, K) -> float32."""
         return key.float() * self.key, value.float() * self.value
 
     def rounded(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """float32 (B, T, H * K) -> what would come back from the state."""
+        """float32 (B, T, G * K) -> what would come back from the state."""
         key_steps, value_steps = self.key.flatten(), self.value.flatten()
         return (
             signed(key * (1 / key_steps)).float() * key_steps,

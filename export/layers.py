@@ -43,6 +43,11 @@ class Bounded:
         """Of the values."""
         return self.values.shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.values.dtype
+
 
 def bounded(values: Tensor, bound: float | None) -> Tensor | Bounded:
     """Values of no larger magnitude than this, if that is known."""
@@ -131,7 +136,8 @@ class TokenEmbedding(nn.Module):
         self.tokens = embedding.tokens if matrix is None else None
         self.matrix = matrix
         self.scale = embedding.scale
-        self.positions = nn.Parameter(embedding.positions.detach().clone(), requires_grad=False)
+        positions = embedding.positions
+        self.positions = None if positions is None else nn.Parameter(positions.detach().clone(), requires_grad=False)
 
     def look_up(self, ids: Tensor) -> Tensor:
         """ids (B, ...) -> (B, ..., D), scaled by sqrt(D), without positions."""
@@ -142,8 +148,10 @@ class TokenEmbedding(nn.Module):
 
     def whole(self, ids: Tensor) -> Tensor:
         """ids (B, S), of positions 0 to S - 1 -> (B, S, D)."""
-        return self.look_up(ids) + self.positions[: ids.shape[1]]
+        x = self.look_up(ids)
+        return x if self.positions is None else x + self.positions[: ids.shape[1]]
 
     def step(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids (B,) at positions (B,) -> (B, D)."""
-        return self.look_up(ids) + rows_of(self.positions, positions)
+        x = self.look_up(ids)
+        return x if self.positions is None else x + rows_of(self.positions, positions)

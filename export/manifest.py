@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from export.errors import ExportError
-from export.graphs import state_tensors
+from export.state import state_tensors
 from model.checkpoint import Checkpoint
 
 FORMAT_VERSION = 1
@@ -33,8 +33,10 @@ def new_manifest(
             f"{name!r} is no name for an artifact (letters, digits, '.', '_' and '-', at most 100). "
             "Give one with --name."
         )
-    last = config.decoder_layers - 1
-    if alignment_layer is not None and not 0 <= alignment_layer <= last:
+    last = config.decoder_layers - 1 if config.decoder_layers else None
+    if alignment_layer is not None and last is None:
+        raise ExportError("an encoder alone has no alignments: leave --alignment-layer out")
+    if alignment_layer is not None and last is not None and not 0 <= alignment_layer <= last:
         raise ExportError(
             f"there is no decoder layer {alignment_layer} to take the alignment from: this model has 0 to {last}. "
             "Give one of them with --alignment-layer, or leave it out for the last."
@@ -57,6 +59,7 @@ def new_manifest(
         "max_source_tokens": config.max_source_tokens,
         "max_target_tokens": config.max_target_tokens,
         "special_tokens": {"pad_id": config.pad_id, "bos_id": config.bos_id, "eos_id": config.eos_id},
+        "labels": list(config.labels),
         "state": state_tensors(config),
         "alignment_layer": last if alignment_layer is None else alignment_layer,
         "variants": {},

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from model.config import TransformerConfig
+
 Precision = Literal["fp32", "fp16", "int8"]
 
 
@@ -36,11 +38,15 @@ class Profile:
         """Whether the matrices in the file are integers."""
         return self.integer_products or self.stored == "int8"
 
-    def for_heads(self, width: int) -> Profile:
-        """The same for heads of this width: GroupQueryAttention takes multiples of 8, others do without it."""
-        if width % 8 == 0:
-            return self
-        return replace(self, self_attention="scatter", cross_attention="attention", integer_state=False)
+    def fitting(self, config: TransformerConfig) -> Profile:
+        """The same for a model's heads: GroupQueryAttention takes widths that are multiples of 8, and rotates multiples
+        of 16; others do without it.
+        """
+        if config.d_head % 8:
+            return replace(self, self_attention="scatter", cross_attention="attention", integer_state=False)
+        if config.positions == "rotary" and config.d_head % 16:
+            return replace(self, self_attention="scatter", integer_state=False)
+        return self
 
 
 def _cpu(precision: Precision, stored: Literal["float32", "float16"]) -> Profile:

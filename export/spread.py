@@ -17,7 +17,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from model.transformer import DecoderLayer, Embedding, EncoderLayer, Residual, Transformer
+from model.transformer import Embedding, Residual, Transformer
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,9 @@ class Embedded:
     def through(self, linear: nn.Linear) -> Spread:
         """As the protocol says; here the deviation is a fourth of the farthest that any token goes at any position."""
         weight = linear.weight.detach().float()
-        tables = self.embedding.tokens.weight.detach().float() * self.embedding.scale, self.embedding.positions.float()
+        tables = [self.embedding.tokens.weight.detach().float() * self.embedding.scale]
+        if self.embedding.positions is not None:
+            tables.append(self.embedding.positions.float())
         mean, farthest = torch.zeros(len(weight)), torch.zeros(len(weight))
         for table in tables:
             outputs = table @ weight.T  # (V, N)
@@ -90,7 +92,9 @@ def _with_bias(mean: Tensor, linear: nn.Linear) -> Tensor:
 
 
 def read_by(embedding: Embedding, residuals: list[Residual]) -> list[Activations]:
-    """What each sublayer of a stack reads."""
+    """What each sublayer of a stack reads; an encoder alone has a stack of none."""
+    if not residuals:
+        return []
     if residuals[0].pre_norm:
         return [Normalised(residual.norm) for residual in residuals]
     return [Embedded(embedding), *(Normalised(residual.norm) for residual in residuals[:-1])]
@@ -98,16 +102,15 @@ def read_by(embedding: Embedding, residuals: list[Residual]) -> list[Activations
 
 def encoder_residuals(model: Transformer) -> list[Residual]:
     """Of every sublayer of the encoder, in order."""
-    layers = [layer for layer in model.encoder if isinstance(layer, EncoderLayer)]
+    layers = model.encoder_stack
     return [part for layer in layers for part in (layer.self_attention_residual, layer.feed_forward_residual)]
 
 
 def decoder_residuals(model: Transformer) -> list[Residual]:
     """Of every sublayer of the decoder, in order."""
-    layers = [layer for layer in model.decoder if isinstance(layer, DecoderLayer)]
     return [
         part
-        for layer in layers
+        for layer in model.decoder_stack
         for part in (layer.self_attention_residual, layer.cross_attention_residual, layer.feed_forward_residual)
     ]
 

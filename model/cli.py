@@ -11,15 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from model.config import ConfigurationError, Recipe
+from model.config import ConfigurationError, Recipe, TransformerConfig
 
 
 def register_train(subparsers: Any) -> None:
     """Add `train`. torch is imported only when it runs."""
     train = subparsers.add_parser(
         "train",
-        help="train a transformer on parallel text",
-        description="Train a transformer on parallel text. A stopped run continues from OUTPUT/last.pt with --resume.",
+        help="train a transformer on parallel text or on labelled text",
+        description="Train a transformer on parallel text, or on text with labels. "
+        "A stopped run continues from OUTPUT/last.pt with --resume.",
     )
     train.add_argument(
         "--recipe", type=Path, required=True, help="TOML file with the tables [model], [training], [metadata]"
@@ -34,6 +35,13 @@ def register_train(subparsers: Any) -> None:
         help="without --valid: hold back this share of the sentences for validation, and as much for OUTPUT/test.tsv",
     )  # fmt: skip
     train.add_argument("--output", type=Path, required=True, help="directory of the run: checkpoints, log, picture")
+    train.add_argument(
+        "--init", type=Path, metavar="CHECKPOINT", help="begin with the weights and the tokenizer of this model"
+    )
+    train.add_argument(
+        "--teacher", type=Path, metavar="CHECKPOINT",
+        help="learn from this model's distributions (training.distillation_weight), with its tokenizer",
+    )  # fmt: skip
     train.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
     train.add_argument(
         "--set",
@@ -58,6 +66,17 @@ def register_evaluate(subparsers: Any) -> None:
         "--data", type=Path, nargs="+", required=True, metavar="FILE",
         help="one TSV file (source, tab, reference) or two aligned files; plain or gzipped",
     )  # fmt: skip
+    evaluate.add_argument(
+        "--measure", choices=("bleu", "retrieval", "accuracy"),
+        help="BLEU of translations, which a checkpoint or an artifact can be asked for; of a checkpoint, in per cent: "
+        "retrieval of each source's translation among the first 1,000, or accuracy of labels "
+        "(default: what the model is for)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--bleu-tokenize", default="13a", metavar="NAME",
+        help="sacrebleu's tokenisation (default 13a); none for texts that are tokenised already",
+    )  # fmt: skip
+    evaluate.add_argument("--output", type=Path, metavar="FILE", help="write the translations, a line each")
     evaluate.add_argument("--num-beams", type=int, default=1, help="beam width; 1 is greedy (default)")
     evaluate.add_argument(
         "--length-penalty", type=float, default=1.0, help="exponent of the length that scores are divided by"
@@ -90,6 +109,11 @@ def read_recipe(path: Path, changes: list[str]) -> tuple[Recipe, dict[str, Any]]
         raise ConfigurationError(f"{path}: {error}") from error
 
 
+def _purpose(config: TransformerConfig) -> str:
+    """What a model is measured by."""
+    return "accuracy" if config.labels else "bleu" if config.decoder_layers else "retrieval"
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -111,6 +135,8 @@ def run_train(arguments: argparse.Namespace) -> int:
     try:
         recipe, metadata = read_recipe(arguments.recipe, arguments.set)
         last = Checkpoint.load(run / "last.pt") if arguments.resume else None
+        start = Checkpoint.load(arguments.init) if arguments.init else None
+        teacher = Checkpoint.load(arguments.teacher) if arguments.teacher else None
         if (arguments.valid is None) == (arguments.holdout == 0.0):
             raise ConfigurationError("give either --valid FILE or --holdout SHARE")
         if not 0.0 <= arguments.holdout < 0.5:
@@ -148,18 +174,36 @@ def run_train(arguments: argparse.Namespace) -> int:
             for name, pairs in held.items():
                 if pairs:
                     (run / f"{name}.tsv").write_text("".join(f"{s}\t{t}\n" for s, t in pairs), encoding="utf-8")
-        if last:
-            tokenizer = last.tokenizer
+        given = [checkpoint.tokenizer for checkpoint in (last, start, teacher) if checkpoint]
+        if len({tokenizer.to_str() for tokenizer in given}) > 1:
+            raise ConfigurationError("the tokenizers of --init, --teacher and the run differ: ids would not fit")
+        if given:
+            tokenizer = given[0]
         else:
             # One process learns it and the others get it: they must not differ by a single merge.
             spelt = [train_tokenizer(corpus.texts(), recipe.model.vocab_size).to_str() if rank == 0 else ""]
             if distributed.is_initialized():
                 distributed.broadcast_object_list(spelt)
             tokenizer = tokenizer_from_json(spelt[0])
-        recipe = replace(recipe, model=replace(recipe.model, vocab_size=tokenizer.get_vocab_size()))
+        labels = recipe.model.labels
+        if recipe.training.loss == "classification" and not labels:
+            labels = tuple(sorted({target for _, target in corpus.pairs()}))
+        if labels:
+            _check_labels(labels, {target for _, target in (*corpus.pairs(), *held["valid"])})
+        recipe = replace(recipe, model=replace(recipe.model, vocab_size=tokenizer.get_vocab_size(), labels=labels))
         if last and last.recipe.model != recipe.model:
             raise ConfigurationError(f"{run}/last.pt was trained with another [model]: {last.recipe.model}")
-        trainer = Trainer(recipe, corpus, tokenizer, grouped_references(held["valid"]), run, metadata, device)
+        trainer = Trainer(
+            recipe,
+            corpus,
+            tokenizer,
+            grouped_references(held["valid"]),
+            run,
+            metadata,
+            device,
+            start=None if last else start,
+            teacher=teacher.transformer() if teacher else None,
+        )
         if last:
             trainer.resume(last)
         logger.info(
@@ -175,13 +219,18 @@ def run_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_labels(labels: tuple[str, ...], found: set[str]) -> None:
+    if unknown := sorted(found - set(labels)):
+        raise ConfigurationError(f"labels: {unknown[0]!r} stands in the data and not in the recipe's labels {labels}")
+
+
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Print scores and samples; the exit status of the program."""
     import torch
 
     from model.checkpoint import Checkpoint, CheckpointError
     from model.data import BadRows, DataError, grouped_references, read_pairs
-    from model.evaluation import Translate, evaluate, translator
+    from model.evaluation import RETRIEVED_AMONG, Translate, accuracy, evaluate, retrieval, translator
     from model.tokenizer import tokenizer_from_json
 
     try:
@@ -198,6 +247,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         if not references:
             raise DataError("no usable pair to evaluate on")
         if arguments.model.is_dir():
+            if arguments.measure not in (None, "bleu"):
+                raise DataError(f"--measure {arguments.measure} is of a checkpoint, not of an artifact")
             if not (arguments.model / "manifest.json").is_file():
                 raise DataError(f"{arguments.model} is no artifact: it has no manifest.json")
             # The one place where model/ reaches for export/: an artifact is judged by what its graphs give.
@@ -205,7 +256,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
             decoder = ArtifactDecoder(arguments.model, threads=arguments.threads)
             tokenizer = tokenizer_from_json((arguments.model / "tokenizer.json").read_text(encoding="utf-8"))
-            eos_id = decoder.eos_id
+            eos_id, max_source_tokens = decoder.eos_id, decoder.manifest["max_source_tokens"]
 
             def by_graphs(sources: list[list[int]]) -> list[list[int]]:
                 found = decoder.beam(sources, arguments.num_beams, arguments.length_penalty)
@@ -214,12 +265,29 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             translate: Translate = by_graphs
         else:
             checkpoint = Checkpoint.load(arguments.model)
-            tokenizer, eos_id = checkpoint.tokenizer, checkpoint.recipe.model.eos_id
-            translate = translator(checkpoint.transformer(), arguments.num_beams, arguments.length_penalty)
+            model = checkpoint.transformer()
+            measure = arguments.measure or _purpose(model.config)
+            if measure != "bleu":
+                if measure == "accuracy" and not model.config.labels:
+                    raise DataError(f"{arguments.model} is no classifier: it has no labels")
+                if measure == "accuracy":
+                    found = accuracy(model, checkpoint.tokenizer, references)
+                    print(f"accuracy {found:.2f} % of {len(references)} texts")
+                else:
+                    found = retrieval(model, checkpoint.tokenizer, references)
+                    print(f"retrieval {found:.2f} % among {min(len(references), RETRIEVED_AMONG)} translations")
+                return 0
+            if not model.config.decoder_layers:
+                raise DataError(f"{arguments.model} has no decoder: it cannot translate")
+            tokenizer, eos_id = checkpoint.tokenizer, model.config.eos_id
+            max_source_tokens = model.config.max_source_tokens
+            translate = translator(model, arguments.num_beams, arguments.length_penalty)
     except (DataError, CheckpointError) as error:
         print(f"transduce evaluate: {_one_line(error)}", file=sys.stderr)
         return 2
-    evaluation = evaluate(translate, tokenizer, eos_id, references)
+    evaluation = evaluate(translate, tokenizer, eos_id, max_source_tokens, references, arguments.bleu_tokenize)
+    if arguments.output:
+        arguments.output.write_text("".join(f"{text}\n" for text in evaluation.translations), encoding="utf-8")
     for (source, refs), translation in list(zip(references.items(), evaluation.translations, strict=True))[
         : arguments.samples
     ]:

@@ -1,4 +1,4 @@
-"""A picture of a run: loss, learning rate and BLEU over the steps, from its log."""
+"""A picture of a run: loss, learning rate and validation over the steps, from its log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def draw_curves(log: Path, picture: Path) -> None:
     steps = [line for line in lines if line["kind"] == "step"]
     validations = [line for line in lines if line["kind"] == "validation"]
     figure = Figure(figsize=(8, 9), layout="constrained")
-    loss, bleu, rate = figure.subplots(3, 1, sharex=True)
+    loss, score, rate = figure.subplots(3, 1, sharex=True)
     loss.plot(
         [line["step"] for line in steps], [line["loss"] for line in steps], linewidth=0.3, alpha=0.5, label="per step"
     )
@@ -23,22 +23,16 @@ def draw_curves(log: Path, picture: Path) -> None:
     )
     loss.set_ylabel("training loss (nats per token)")
     loss.legend()
-    bleu.plot(
-        [line["step"] for line in validations],
-        [line["bleu"] for line in validations],
-        marker="o",
-        markersize=3,
-        label="BLEU",
-    )
-    bleu.plot(
-        [line["step"] for line in validations],
-        [line["chrf"] for line in validations],
-        marker="o",
-        markersize=3,
-        label="chrF",
-    )
-    bleu.set_ylabel("validation, greedy")
-    bleu.legend()
+    for name in validations[-1]["scores"]:
+        score.plot(
+            [line["step"] for line in validations],
+            [line["scores"][name] for line in validations],
+            marker="o",
+            markersize=3,
+            label=name,
+        )
+    score.set_ylabel("validation")
+    score.legend()
     rate.plot([line["step"] for line in validations], [line["learning_rate"] for line in validations])
     rate.set_ylabel("learning rate")
     rate.set_xlabel("step")

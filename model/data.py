@@ -141,10 +141,14 @@ class Corpus:
         source, target = self._bytes[start:end].decode("utf-8").split("\t", 1)
         return source, target
 
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """All of them, in order."""
+        return (self[index] for index in range(len(self)))
+
     def texts(self) -> Iterator[str]:
         """Every source and target, for the tokenizer."""
-        for index in range(len(self)):
-            yield from self[index]
+        for pair in self.pairs():
+            yield from pair
 
 
 @dataclass(frozen=True)
@@ -215,17 +219,25 @@ def epoch_batches(
         pool = [corpus[index] for index in order[start : start + config.pool_pairs]]
         sources, targets = zip(*_augment(pool, config, rng), strict=True)
         rows: list[tuple[list[int], list[int]]] = []
-        for source, target in zip(encode_texts(tokenizer, sources), encode_texts(tokenizer, targets), strict=True):
-            if len(source) + 1 > model.max_source_tokens or len(target) + 1 > model.max_target_tokens:
+        for source, target in zip(encode_texts(tokenizer, sources), _targets(targets, tokenizer, model), strict=True):
+            if len(source) + 1 > model.max_source_tokens or len(target) > model.max_target_tokens:
                 bad.add("longer than the model's limits", f"epoch {epoch}")
             else:
-                rows.append(([*source, model.eos_id], [*target, model.eos_id]))
+                rows.append(([*source, model.eos_id], target))
         # Rows of equal length stay in random order: each epoch cuts other batches.
         ties = rng.permutation(len(rows))
         by_length = sorted(ties, key=lambda i: (len(rows[i][1]), len(rows[i][0])))
         groups = list(_cut([rows[i] for i in by_length], config.batch_tokens))
         for index in rng.permutation(len(groups)):
             yield _batch(groups[index], model)
+
+
+def _targets(texts: Iterable[str], tokenizer: Tokenizer, model: TransformerConfig) -> Iterator[list[int]]:
+    """Token ids with the end token, or the number of a label where the model has labels."""
+    if model.labels:
+        numbers = {label: number for number, label in enumerate(model.labels)}
+        return ([numbers[text]] for text in texts)
+    return ([*ids, model.eos_id] for ids in encode_texts(tokenizer, texts))
 
 
 def _cut(rows: list[tuple[list[int], list[int]]], budget: int) -> Iterator[list[tuple[list[int], list[int]]]]:

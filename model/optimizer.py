@@ -25,10 +25,11 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[Optimizer
     """
     rate, decay = config.learning_rate, config.weight_decay
     named = dict(model.named_parameters())  # a shared parameter once
+    linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     matrices = {
         name: p
         for name, p in named.items()
-        if config.optimizer == "muon" and p.ndim == 2 and "tokens" not in name and "output_projection" not in name
+        if config.optimizer == "muon" and name in linears and "output_projection" not in name
     }
     rest = [p for name, p in named.items() if name not in matrices]
     optimizers: list[Optimizer] = [

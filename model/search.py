@@ -35,7 +35,7 @@ def _step(model: Transformer, target_ids: Tensor, memory: Tensor, lengths: Tenso
     return scores
 
 
-def _batches(sources: list[list[int]], rows: int) -> list[list[int]]:
+def batches_by_length(sources: list[list[int]], rows: int) -> list[list[int]]:
     """Indices of the sources in batches of similar length."""
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     return [order[start : start + rows] for start in range(0, len(order), rows)]
@@ -56,7 +56,7 @@ def greedy_search(
     config, device = model.config, next(model.parameters()).device
     limit = min(max_new_tokens or config.max_target_tokens, config.max_target_tokens)
     results: dict[int, Hypothesis] = {}
-    for indices in _batches(sources, batch_rows):
+    for indices in batches_by_length(sources, batch_rows):
         source_ids = pad_rows([sources[i] for i in indices], config.pad_id).to(device)
         lengths = torch.tensor([len(sources[i]) for i in indices], device=device)
         memory = model.encode(source_ids, lengths)  # (B, S, D)
@@ -99,7 +99,7 @@ def beam_search(
     limit = min(max_new_tokens or config.max_target_tokens, config.max_target_tokens)
     width = min(2 * num_beams, config.vocab_size)
     results: dict[int, list[Hypothesis]] = {}
-    for indices in _batches(sources, max(1, batch_rows // num_beams)):
+    for indices in batches_by_length(sources, max(1, batch_rows // num_beams)):
         source_ids = pad_rows([sources[i] for i in indices], config.pad_id).to(device)
         lengths = torch.tensor([len(sources[i]) for i in indices], device=device)
         memory = model.encode(source_ids, lengths)  # (B, S, D)

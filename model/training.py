@@ -23,12 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model.checkpoint import Checkpoint, average_weights
-from model.config import Recipe
+from model.config import ConfigurationError, Recipe
 from model.curves import draw_curves
 from model.data import BadRows, Batch, Corpus, epoch_batches
-from model.evaluation import Evaluation, evaluate, translator
+from model.evaluation import validate
+from model.objectives import Objective
 from model.optimizer import MovingAverage, build_optimizers, rate_factor, set_rate
-from model.transformer import Transformer, sequence_loss
+from model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     """Groups of batches taken from this epoch."""
-    best_bleu: float = -1.0
+    best: float = -1.0
+    """The highest score of a validation."""
     validations_without_gain: int = 0
     history: list[str] = field(default_factory=list)
     """The last checkpoints, oldest first, by file name."""
@@ -59,14 +61,22 @@ class Trainer:
         directory: Path,
         metadata: dict[str, Any],
         device: torch.device,
+        *,
+        start: Checkpoint | None = None,
+        teacher: Transformer | None = None,
     ) -> None:
+        """`start`: the weights to begin with. Raises ConfigurationError."""
         self.recipe, self.corpus, self.tokenizer, self.validation = recipe, corpus, tokenizer, validation
         self.directory, self.metadata, self.device = directory, metadata, device
         self.world = distributed.get_world_size() if distributed.is_initialized() else 1
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         torch.manual_seed(recipe.training.seed)
-        self.model = Transformer(recipe.model).to(device)
-        self.parallel: nn.Module = DistributedDataParallel(self.model) if self.world > 1 else self.model
+        self.model = Transformer(recipe.model)
+        if start is not None:
+            take_weights(self.model, start.weights)
+        self.model.to(device)
+        objective = Objective(self.model, recipe.training, None if teacher is None else teacher.to(device))
+        self.parallel: nn.Module = DistributedDataParallel(objective) if self.world > 1 else objective
         # The same weights everywhere, but each process drops other units.
         torch.manual_seed(recipe.training.seed + 1000 * self.rank)
         self.optimizers = build_optimizers(self.model, recipe.training)
@@ -133,12 +143,11 @@ class Trainer:
 
     def _update(self, batch: Batch) -> tuple[float, int]:
         """One optimizer step. Returns the loss per token and the number of target tokens, both over all processes."""
-        config, model = self.recipe.training, self.recipe.model
+        config = self.recipe.training
         batch = batch.to(self.device)
         self.parallel.train()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
-            logits = self.parallel(batch.source_ids, batch.source_lengths, batch.target_inputs)  # (B, T, V)
-        loss = sequence_loss(logits, batch.target_outputs, model.pad_id, config.label_smoothing)
+            loss = self.parallel(batch)
         totals = torch.tensor([loss.item(), float(batch.target_tokens)], dtype=torch.float64, device=self.device)
         if self.world > 1:
             distributed.all_reduce(totals)
@@ -160,25 +169,24 @@ class Trainer:
         weights = self.average.weights if self.average else self.model.state_dict()
         return {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
 
-    def _evaluate(self, weights: dict[str, Tensor]) -> Evaluation:
+    def _scores(self, weights: dict[str, Tensor]) -> dict[str, float]:
         model = Transformer(self.recipe.model)
         model.load_state_dict(weights)
-        translate = translator(model.to(self.device).eval(), max_ratio=3.0)
-        return evaluate(translate, self.tokenizer, self.recipe.model.eos_id, self.validation)
+        return validate(model.to(self.device).eval(), self.tokenizer, self.validation)
 
     def _validate(self, loss: float, tokens_per_second: float) -> None:
-        """Score the weights, write the checkpoint and the picture, and note whether BLEU has risen."""
+        """Score the weights, write the checkpoint and the picture, and note whether it has risen."""
         progress, config = self.progress, self.recipe.training
-        outcome = [0.0, 0.0]
+        outcome: list[dict[str, float]] = [{}]
         if self.rank == 0:
             weights = self._weights()
-            evaluation = self._evaluate(weights)
-            outcome = [evaluation.bleu, evaluation.chrf]
+            outcome = [self._scores(weights)]
         if self.world > 1:
             distributed.broadcast_object_list(outcome)
-        bleu, chrf = outcome
-        better = bleu > progress.best_bleu
-        progress.best_bleu = max(bleu, progress.best_bleu)
+        (scores,) = outcome
+        score = next(iter(scores.values()))
+        better = score > progress.best
+        progress.best = max(score, progress.best)
         progress.validations_without_gain = 0 if better else progress.validations_without_gain + 1
         progress.history = [*progress.history, f"step-{progress.step:08d}.pt"]
         dropped = progress.history[: -config.average_checkpoints]
@@ -190,8 +198,7 @@ class Trainer:
             **self.metadata,
             "step": progress.step,
             "epoch": progress.epoch,
-            "valid_bleu": bleu,
-            "valid_chrf": chrf,
+            "validation": scores,
         }
         checkpoint = Checkpoint(self.recipe, self.tokenizer, weights, metadata)
         checkpoint.save(self.directory / progress.history[-1])
@@ -208,12 +215,12 @@ class Trainer:
         Checkpoint(self.recipe, self.tokenizer, weights, metadata, state).save(self.directory / "last.pt")
         rate = config.learning_rate * rate_factor(progress.step, config)
         self._log(
-            kind="validation", step=progress.step, epoch=progress.epoch, loss=loss, bleu=bleu, chrf=chrf,
+            kind="validation", step=progress.step, epoch=progress.epoch, loss=loss, scores=scores,
             learning_rate=rate, tokens_per_second=tokens_per_second,
         )  # fmt: skip
         logger.info(
-            "step %d  epoch %d  loss %.3f  BLEU %.2f  chrF %.2f  rate %.2e  %.0f target tokens/s%s",
-            progress.step, progress.epoch, loss, bleu, chrf, rate, tokens_per_second, "  best" if better else "",
+            "step %d  epoch %d  loss %.3f  %s  rate %.2e  %.0f target tokens/s%s",
+            progress.step, progress.epoch, loss, _spelt(scores), rate, tokens_per_second, "  best" if better else "",
         )  # fmt: skip
         draw_curves(self.directory / "log.jsonl", self.directory / "curves.png")
 
@@ -262,18 +269,13 @@ class Trainer:
         if self.rank == 0:
             last = [Checkpoint.load(self.directory / name) for name in self.progress.history]
             weights = average_weights([checkpoint.weights for checkpoint in last])
-            evaluation = self._evaluate(weights)
+            scores = self._scores(weights)
             best = Checkpoint.load(self.directory / "best.pt")
-            if evaluation.bleu >= best.metadata["valid_bleu"]:
-                metadata = {
-                    **last[-1].metadata,
-                    "valid_bleu": evaluation.bleu,
-                    "valid_chrf": evaluation.chrf,
-                    "averaged": len(last),
-                }
+            if next(iter(scores.values())) >= next(iter(best.metadata["validation"].values())):
+                metadata = {**last[-1].metadata, "validation": scores, "averaged": len(last)}
                 best = Checkpoint(self.recipe, self.tokenizer, weights, metadata)
             best.save(path)
-            logger.info("%s: BLEU %.2f on the validation set", path, best.metadata["valid_bleu"])
+            logger.info("%s: %s on the validation set", path, _spelt(best.metadata["validation"]))
         if self.world > 1:
             distributed.barrier()
         return Checkpoint.load(path)
@@ -282,6 +284,24 @@ class Trainer:
         if self.rank == 0:
             with (self.directory / "log.jsonl").open("a") as file:
                 file.write(json.dumps(values) + "\n")
+
+
+def take_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
+    """Begin with another model's weights. A classifier and a decoder may be new; anything else that is missing, or of
+    another shape, is a ConfigurationError.
+    """
+    own = model.state_dict()
+    fitting = {name: w for name, w in weights.items() if name in own and own[name].shape == w.shape}
+    new = [name for name in own if name not in fitting and not name.startswith(("classifier", "decoder", "target_"))]
+    if new:
+        raise ConfigurationError(
+            f"the checkpoint of --init has no {new[0]} of this model's shape, and {len(new) - 1} more: take its [model]"
+        )
+    model.load_state_dict(fitting, strict=False)
+
+
+def _spelt(scores: dict[str, float]) -> str:
+    return "  ".join(f"{name} {score:.2f}" for name, score in scores.items())
 
 
 def start_processes() -> torch.device:

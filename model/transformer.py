@@ -1,49 +1,21 @@
 """The encoder-decoder transformer of Vaswani et al. (2017), "Attention Is All You Need".
 
-Letters in the shape comments: B rows of a batch, S source tokens, T target tokens, D = d_model, H heads,
-K = D / H (d_k, the width of a head), F the feed-forward width, V the vocabulary.
-Masks are boolean, True where a position may be attended to.
+Letters in the shape comments: B rows of a batch, S source tokens, T target tokens, L positions of either, D = d_model,
+K the width of a head, F the feed-forward width, V the vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.attention import CrossAttention, Positions, SelfAttention, valid_tokens
 from model.config import Activation, TransformerConfig
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scaled dot-product attention, equation (1) of the paper: softmax(Q K^T / sqrt(d_k)) V.
-
-    query (..., T, K), key (..., S, K), value (..., S, K), mask (..., T, S) -> output (..., T, K), weights (..., T, S).
-    A query that may attend to nothing gets weights and output of zero.
-    """
-    scores = query @ key.transpose(-2, -1) / math.sqrt(query.size(-1))  # (..., T, S)
-    if mask is None:
-        weights = scores.softmax(dim=-1)
-        return weights @ value, weights
-    # A softmax over nothing but -inf is NaN, in the gradient too: such rows attend to all, then count for nothing.
-    any_valid = mask.any(dim=-1, keepdim=True)  # (..., T, 1)
-    scores = scores.masked_fill(~(mask | ~any_valid), -math.inf)
-    weights = scores.softmax(dim=-1) * any_valid  # (..., T, S)
-    return weights @ value, weights
-
-
-def sinusoidal_positions(length: int, d_model: int) -> Tensor:
-    """Position encodings, section 3.5: sin(p / 10000^(2i/D)) on dimension 2i, cos on 2i + 1. Returns (length, D)."""
-    position = torch.arange(length, dtype=torch.float64).unsqueeze(1)  # (length, 1)
-    frequency = torch.exp(torch.arange(0, d_model, 2, dtype=torch.float64) * (-math.log(10000.0) / d_model))  # (D/2,)
-    angle = position * frequency  # (length, D/2)
-    return torch.stack([angle.sin(), angle.cos()], dim=-1).reshape(length, d_model).float()
-
-
-def valid_tokens(lengths: Tensor, size: int) -> Tensor:
-    """lengths (B,) -> (B, size), True at the first lengths[b] places of row b."""
-    return torch.arange(size, device=lengths.device) < lengths.unsqueeze(1)
+from model.positions import RelativeBias, rotary_tables, sinusoidal_positions
 
 
 class Dropout(nn.Module):
@@ -67,30 +39,6 @@ class Dropout(nn.Module):
         draws = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         keep = draws.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
         return x * keep * (256 / (256 - dropped))
-
-
-class MultiHeadAttention(nn.Module):
-    """Multi-head attention, section 3.2.2: H heads of width K, concatenated and projected."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.query = nn.Linear(config.d_model, config.d_model)
-        self.key = nn.Linear(config.d_model, config.d_model)
-        self.value = nn.Linear(config.d_model, config.d_model)
-        self.output = nn.Linear(config.d_model, config.d_model)
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(B, L, D) -> (B, H, L, K)."""
-        return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
-
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, T, D) asks, context (B, S, D) answers, mask broadcastable to (B, H, T, S) -> (B, T, D)."""
-        query = self.split_heads(self.query(x))  # (B, H, T, K)
-        key = self.split_heads(self.key(context))  # (B, H, S, K)
-        value = self.split_heads(self.value(context))  # (B, H, S, K)
-        heads, _ = attention(query, key, value, mask)  # (B, H, T, K)
-        return self.output(heads.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class FeedForward(nn.Module):
@@ -153,15 +101,15 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.self_attention = MultiHeadAttention(config)
+        self.self_attention = SelfAttention(config, config.encoder_attention, causal=False)
         self.self_attention_residual = Residual(config)
         self.feed_forward = FeedForward(config)
         self.feed_forward_residual = Residual(config)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, S, D), mask (B, 1, 1, S) -> (B, S, D)."""
+    def forward(self, x: Tensor, positions: Positions) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
         h = self.self_attention_residual.before(x)
-        x = self.self_attention_residual.after(x, self.self_attention(h, h, mask))
+        x = self.self_attention_residual.after(x, self.self_attention(h, positions))
         h = self.feed_forward_residual.before(x)
         return self.feed_forward_residual.after(x, self.feed_forward(h))
 
@@ -171,17 +119,17 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.self_attention = MultiHeadAttention(config)
+        self.self_attention = SelfAttention(config, config.decoder_attention, causal=True)
         self.self_attention_residual = Residual(config)
-        self.cross_attention = MultiHeadAttention(config)
+        self.cross_attention = CrossAttention(config)
         self.cross_attention_residual = Residual(config)
         self.feed_forward = FeedForward(config)
         self.feed_forward_residual = Residual(config)
 
-    def forward(self, x: Tensor, memory: Tensor, target_mask: Tensor, source_mask: Tensor) -> Tensor:
-        """x (B, T, D), memory (B, S, D), target_mask (B, 1, T, T), source_mask (B, 1, 1, S) -> (B, T, D)."""
+    def forward(self, x: Tensor, memory: Tensor, positions: Positions, source_mask: Tensor) -> Tensor:
+        """x (B, T, D), memory (B, S, D), source_mask (B, 1, 1, S) -> (B, T, D)."""
         h = self.self_attention_residual.before(x)
-        x = self.self_attention_residual.after(x, self.self_attention(h, h, target_mask))
+        x = self.self_attention_residual.after(x, self.self_attention(h, positions))
         h = self.cross_attention_residual.before(x)
         x = self.cross_attention_residual.after(x, self.cross_attention(h, memory, source_mask))
         h = self.feed_forward_residual.before(x)
@@ -189,19 +137,52 @@ class DecoderLayer(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embedding scaled by sqrt(D), plus sinusoidal positions, section 3.4 and 3.5."""
+    """Token embedding scaled by sqrt(D), section 3.4, plus sinusoidal positions where these are added."""
 
     def __init__(self, tokens: nn.Embedding, length: int, dropout: float) -> None:
+        """A length of 0 means that no positions are added."""
         super().__init__()
         self.tokens = tokens
         self.scale = math.sqrt(tokens.embedding_dim)
         self.dropout = Dropout(dropout)
-        self.register_buffer("positions", sinusoidal_positions(length, tokens.embedding_dim), persistent=False)
-        self.positions: Tensor
+        positions = sinusoidal_positions(length, tokens.embedding_dim) if length else None
+        self.register_buffer("positions", positions, persistent=False)
+        self.positions: Tensor | None
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L) -> (B, L, D)."""
-        return self.dropout(self.tokens(ids) * self.scale + self.positions[: ids.size(1)])
+        x = self.tokens(ids) * self.scale
+        return self.dropout(x if self.positions is None else x + self.positions[: ids.size(1)])
+
+
+class StackPositions(nn.Module):
+    """What the self-attentions of a stack are told of positions."""
+
+    def __init__(self, config: TransformerConfig, length: int, bidirectional: bool) -> None:
+        """Of sequences up to this length."""
+        super().__init__()
+        self.bias: RelativeBias | None = None
+        if config.positions == "relative_bias":
+            self.bias = RelativeBias(
+                config.num_heads, config.relative_buckets, config.relative_max_distance, bidirectional
+            )
+        cosines, sines = rotary_tables(length, config.d_head) if config.positions == "rotary" else (None, None)
+        self.register_buffer("cosines", cosines, persistent=False)
+        self.register_buffer("sines", sines, persistent=False)
+        self.cosines: Tensor | None
+        self.sines: Tensor | None
+
+    def forward(self, length: int, lengths: Tensor | None) -> Positions:
+        """Of rows of this length, padding included."""
+        if self.cosines is None or self.sines is None:
+            return Positions(lengths, self.bias)
+        return Positions(lengths, self.bias, (self.cosines[:length], self.sines[:length]))
+
+
+def mean_over_tokens(memory: Tensor, lengths: Tensor) -> Tensor:
+    """memory (B, S, D), lengths (B,) -> the mean of each row's own tokens (B, D)."""
+    valid = valid_tokens(lengths, memory.size(1)).unsqueeze(-1)  # (B, S, 1)
+    return memory.masked_fill(~valid, 0).sum(dim=1) / lengths.clamp_min(1).unsqueeze(-1)
 
 
 class Transformer(nn.Module):
@@ -212,20 +193,42 @@ class Transformer(nn.Module):
         self.config = config
         source_tokens = nn.Embedding(config.vocab_size, config.d_model)
         target_tokens = source_tokens if config.share_embeddings else nn.Embedding(config.vocab_size, config.d_model)
-        self.source_embedding = Embedding(source_tokens, config.max_source_tokens, config.dropout)
         # One place more than the limit: the start token stands before the tokens that are generated.
-        self.target_embedding = Embedding(target_tokens, config.max_target_tokens + 1, config.dropout)
-        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
-        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        lengths = config.max_source_tokens, config.max_target_tokens + 1
+        added = lengths if config.positions == "sinusoidal" else (0, 0)
+        self.source_embedding = Embedding(source_tokens, added[0], config.dropout)
+        self.target_embedding = Embedding(target_tokens, added[1], config.dropout)
+        self.source_positions = StackPositions(config, lengths[0], bidirectional=True)
+        self.target_positions = StackPositions(config, lengths[1], bidirectional=False)
+        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in set(config.encoder_order))
+        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in set(config.decoder_order))
         self.encoder_norm = new_norm(config) if config.pre_norm else nn.Identity()
-        self.decoder_norm = new_norm(config) if config.pre_norm else nn.Identity()
+        self.decoder_norm = new_norm(config) if config.pre_norm and config.decoder_layers else nn.Identity()
         self.output_projection = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.share_embeddings:
             self.output_projection.weight = target_tokens.weight
+        self.classifier = nn.Linear(config.d_model, len(config.labels)) if config.labels else None
         self.reset_parameters()
 
+    @property
+    def encoder_stack(self) -> list[EncoderLayer]:
+        """The encoder's layers in the order in which they are applied: a shared one stands there several times."""
+        return [cast(EncoderLayer, self.encoder[number]) for number in self.config.encoder_order]
+
+    @property
+    def decoder_stack(self) -> list[DecoderLayer]:
+        """The same of the decoder."""
+        return [cast(DecoderLayer, self.decoder[number]) for number in self.config.decoder_order]
+
+    @property
+    def different_decoder_layers(self) -> list[DecoderLayer]:
+        """Each of the decoder's layers once."""
+        return [cast(DecoderLayer, layer) for layer in self.decoder]
+
     def reset_parameters(self) -> None:
-        """Xavier for projections (Glorot and Bengio, 2010), variance 1 / D for embeddings, which sqrt(D) scales."""
+        """Xavier for projections (Glorot and Bengio, 2010), variance 1 / D for embeddings, which sqrt(D) scales, and
+        for biases of positions.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -233,26 +236,31 @@ class Transformer(nn.Module):
                     nn.init.zeros_(module.bias)
         for embedding in (self.source_embedding, self.target_embedding):
             nn.init.normal_(embedding.tokens.weight, std=self.config.d_model**-0.5)
+        for positions in (self.source_positions, self.target_positions):
+            if positions.bias is not None:
+                nn.init.normal_(positions.bias.table.weight, std=self.config.d_model**-0.5)
 
     def encode(self, source_ids: Tensor, source_lengths: Tensor) -> Tensor:
         """source_ids (B, S), source_lengths (B,) -> memory (B, S, D); what lies behind a row's length means nothing."""
-        mask = valid_tokens(source_lengths, source_ids.size(1))[:, None, None, :]  # (B, 1, 1, S)
+        positions = self.source_positions(source_ids.size(1), source_lengths)
         x = self.source_embedding(source_ids)  # (B, S, D)
-        for layer in self.encoder:
-            x = layer(x, mask)
+        for layer in self.encoder_stack:
+            x = layer(x, positions)
         return self.encoder_norm(x)
+
+    def classify(self, source_ids: Tensor, source_lengths: Tensor) -> Tensor:
+        """source_ids (B, S), source_lengths (B,) -> logits (B, labels), of the mean of a source's tokens."""
+        assert self.classifier is not None
+        return self.classifier(mean_over_tokens(self.encode(source_ids, source_lengths), source_lengths))
 
     def decoder_states(self, target_ids: Tensor, memory: Tensor, source_lengths: Tensor) -> Tensor:
         """target_ids (B, T) from the start token on, memory (B, S, D) -> (B, T, D), what the projection reads."""
-        length = target_ids.size(1)
         source_mask = valid_tokens(source_lengths, memory.size(1))[:, None, None, :]  # (B, 1, 1, S)
-        # Padding stands on the right, so the causal mask hides it from every real token; the loss ignores the rest.
-        target_mask = torch.ones(length, length, dtype=torch.bool, device=target_ids.device).tril()[
-            None, None
-        ]  # (1, 1, T, T)
+        # Padding stands on the right, where no real token looks; the loss ignores the rest.
+        positions = self.target_positions(target_ids.size(1), None)
         x = self.target_embedding(target_ids)  # (B, T, D)
-        for layer in self.decoder:
-            x = layer(x, memory, target_mask, source_mask)
+        for layer in self.decoder_stack:
+            x = layer(x, memory, positions, source_mask)
         return self.decoder_norm(x)
 
     def decode(self, target_ids: Tensor, memory: Tensor, source_lengths: Tensor) -> Tensor:
@@ -266,14 +274,3 @@ class Transformer(nn.Module):
     def num_parameters(self) -> int:
         """Parameters, shared ones counted once."""
         return sum(p.numel() for p in self.parameters())
-
-
-def sequence_loss(logits: Tensor, targets: Tensor, pad_id: int, label_smoothing: float) -> Tensor:
-    """Cross-entropy summed over the tokens that are not padding: logits (B, T, V), targets (B, T) -> ()."""
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(),
-        targets.flatten(),
-        ignore_index=pad_id,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )

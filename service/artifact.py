@@ -42,7 +42,8 @@ class SpecialTokens(_Part):
 class StateTensor(_Part):
     """A named tensor of the decoder's state, one row per running sequence on axis 0.
 
-    cache: one position more per step along `target_capacity`; its contents are undefined at the start.
+    cache: places that steps write, undefined at the start: one more per step along `target_capacity`, or without that
+    axis a fixed number of them, used again and again.
     source: written by the encoder, whose output has the same name; `source_capacity` is its axis of source positions.
     recurrent: of fixed shape, zeros at the start, replaced at each step.
     """
@@ -61,8 +62,8 @@ class StateTensor(_Part):
             "recurrent": None,
         }[self.kind]
         symbols = [size for size in self.shape[1:] if isinstance(size, str)]
-        if any(symbol != allowed for symbol in symbols) or len(symbols) > 1 or (self.kind == "cache" and not symbols):
-            raise ValueError(f"a tensor of kind {self.kind} has the symbolic axis {allowed} once and no other")
+        if any(symbol != allowed for symbol in symbols) or len(symbols) > 1:
+            raise ValueError(f"a tensor of kind {self.kind} has the symbolic axis {allowed} once at most, and no other")
         return self
 
     @cached_property
@@ -79,7 +80,8 @@ class Variant(_Part):
 
     precision: str
     encoder: str
-    decoder: str
+    decoder: str | None = None
+    """None in the artifact of an encoder alone, which classifies or gives vectors."""
     scorer: str | None = None
     """Reads whole targets; None in artifacts of older exports, which cannot score. Its weights may lie in `decoder`."""
     reorder: str | None = None
@@ -91,11 +93,12 @@ class Variant(_Part):
 
 
 class SelfTest(_Part):
-    """A sentence and the greedy answer of each variant, end tokens included."""
+    """A sentence and the greedy answer of each variant, end tokens included, or a classifier's label."""
 
     source: str
     source_ids: Annotated[list[TokenId], Field(min_length=1)]
-    target_ids: dict[VariantName, Annotated[list[TokenId], Field(min_length=1)]]
+    target_ids: dict[VariantName, Annotated[list[TokenId], Field(min_length=1)]] = {}
+    labels: dict[VariantName, str] = {}
 
 
 class Manifest(_Part):
@@ -116,6 +119,8 @@ class Manifest(_Part):
     max_source_tokens: Positive
     max_target_tokens: Positive
     special_tokens: SpecialTokens
+    labels: list[str] = []
+    """What a classifier tells apart, in the order of its numbers; empty where the model is none."""
     state: list[StateTensor]
     alignment_layer: Annotated[int, Field(ge=0)] | None = None
     """The decoder layer whose attention to the source the scorers give as the alignment; None if they give none."""
@@ -124,6 +129,11 @@ class Manifest(_Part):
     self_test: list[SelfTest] = []
     files: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
 
+    @property
+    def generates(self) -> bool:
+        """Whether there is a decoder."""
+        return self.variants["cpu"].decoder is not None
+
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         names = [tensor.name for tensor in self.state]
@@ -131,6 +141,12 @@ class Manifest(_Part):
             raise ValueError("two state tensors have the same name")
         if "cpu" not in self.variants:
             raise ValueError("variants: cpu is missing")
+        if len({variant.decoder is None for variant in self.variants.values()}) > 1:
+            raise ValueError("variants: one has a decoder and another has none")
+        if self.variants["cpu"].decoder is None and self.state:
+            raise ValueError("state: there is no decoder that would have one")
+        if unknown := {label for test in self.self_test for label in test.labels.values()} - set(self.labels):
+            raise ValueError(f"self_test: {min(unknown)!r} is not among the labels")
         needed = {
             TOKENIZER,
             *(path for variant in self.variants.values() for path in variant.graphs),

@@ -80,7 +80,10 @@ def check_encoder(graph: Graph, manifest: Manifest, types: dict[str, np.dtype[An
     _expect(inputs["source_lengths"], _INT, [None], path)
     _expect(inputs["source_capacity"], _INT, [], path)
     sources = [tensor for tensor in manifest.state if tensor.kind == "source"]
-    _expect_names(set(outputs), {"memory", *(tensor.name for tensor in sources)}, path, "outputs")
+    labels = {"label_logits"} if manifest.labels else set()
+    _expect_names(set(outputs), {"memory", *labels, *(tensor.name for tensor in sources)}, path, "outputs")
+    if labels:
+        _expect(outputs["label_logits"], _FLOAT, [None, None, len(manifest.labels)], path)
     _expect(outputs["memory"], _FLOAT, [None, None, manifest.embedding_size], path)
     for tensor in sources:
         _expect(outputs[tensor.name], types[tensor.name], _sizes(tensor), path)

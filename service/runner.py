@@ -92,9 +92,12 @@ class Runner:
         self.precision = self.manifest.variants[self.variant].precision
         self._device_id = settings.device_id
         graphs = self.manifest.variants[self.variant]
-        self._decoder = self._session(artifact, graphs.decoder, settings)
         self._encoder = self._session(artifact, graphs.encoder, settings)
-        types = check_decoder(self._decoder, self.manifest, artifact.graph(graphs.decoder))
+        self._decoder: ort.InferenceSession | None = None
+        types: dict[str, np.dtype[Any]] = {}
+        if graphs.decoder is not None:
+            self._decoder = self._session(artifact, graphs.decoder, settings)
+            types = check_decoder(self._decoder, self.manifest, artifact.graph(graphs.decoder))
         check_encoder(self._encoder, self.manifest, types, artifact.graph(graphs.encoder))
         self.tensors: list[tuple[StateTensor, np.dtype[Any]]] = [(t, types[t.name]) for t in self.manifest.state]
         self._scorer: Scorer | None = None
@@ -106,12 +109,13 @@ class Runner:
                 vocab_size=self.manifest.vocab_size, device=self.device, device_id=self._device_id,
             )  # fmt: skip
         self._reorder: ort.InferenceSession | None = None
-        if self.variant == "cuda":
+        if self.variant == "cuda" and self._decoder is not None:
             if graphs.reorder is None:
                 raise ArtifactError(f"{artifact.path}: variant cuda has no reorder graph. Export the model again.")
             self._reorder = self._session(artifact, graphs.reorder, settings)
             check_reorder(self._reorder, self.manifest, artifact.graph(graphs.reorder))
-        self._written = [output.name for output in self._decoder.get_outputs() if output.name.startswith("next_")]
+        outputs = [] if self._decoder is None else [output.name for output in self._decoder.get_outputs()]
+        self._written = [name for name in outputs if name.startswith("next_")]
         self._begin()
 
     def twin(self) -> Runner:
@@ -127,6 +131,7 @@ class Runner:
         self._logits: Floats = np.empty((0, self.manifest.vocab_size), np.float32)
         self._into_state = self._encoder.io_binding()  # outputs: state tensors
         self._to_memory = self._encoder.io_binding()  # output: memory
+        self._to_labels = self._encoder.io_binding()  # output: label_logits
         self._bindings: dict[tuple[int, int, bool, tuple[bool, bool]], ort.IOBinding] = {}
         self._bound_to: tuple[object, ...] = ()
         self._only_fetches = ort.RunOptions()
@@ -137,6 +142,11 @@ class Runner:
     def device(self) -> str:
         """Where state lives, in ONNX Runtime's word."""
         return self.variant
+
+    @property
+    def generates(self) -> bool:
+        """Whether there is a decoder."""
+        return self._decoder is not None
 
     @property
     def scores(self) -> bool:
@@ -170,12 +180,18 @@ class Runner:
 
     def encode(self, ids: Ints, lengths: Ints) -> Floats:
         """The encoder's memory, (rows, source, embedding_size); padded positions hold nothing of meaning."""
-        memory: Floats = np.empty((*ids.shape, self.manifest.embedding_size), np.float32)
-        binding = self._to_memory
+        return self._encoded("memory", self._to_memory, ids, lengths, self.manifest.embedding_size)
+
+    def classify(self, ids: Ints, lengths: Ints) -> Floats:
+        """A classifier's logits of each token, (rows, source, labels), of which a text's are the mean."""
+        return self._encoded("label_logits", self._to_labels, ids, lengths, len(self.manifest.labels))
+
+    def _encoded(self, name: str, binding: ort.IOBinding, ids: Ints, lengths: Ints, width: int) -> Floats:
+        found: Floats = np.empty((*ids.shape, width), np.float32)
         self._bind_sources(binding, ids, lengths, ids.shape[1])
-        binding.bind_output("memory", "cpu", 0, np.float32, memory.shape, memory.ctypes.data)
+        binding.bind_output(name, "cpu", 0, np.float32, found.shape, found.ctypes.data)
         self._encoder.run_with_iobinding(binding, self._only_fetches)
-        return memory
+        return found
 
     def score(
         self, source_ids: Ints, source_lengths: Ints, target_ids: Ints, *, alignment: bool = False
@@ -215,6 +231,7 @@ class Runner:
         elif self.variant != "cpu":
             self._bind_host_inputs(binding, batch)  # a device takes its copy when it is bound
         self._k[...] = k
+        assert self._decoder is not None
         self._decoder.run_with_iobinding(binding)
         ids, scores = self._candidate_ids[: rows * k], self._candidate_scores[: rows * k]
         return StepOutput(ids.reshape(rows, k), scores.reshape(rows, k), self._logits[:rows] if logits else None)
@@ -243,6 +260,7 @@ class Runner:
         binding.bind_cpu_input("source_capacity", np.array(capacity, np.int64))
 
     def _bind_step(self, batch: Batch, state: State, k: int, logits: bool) -> ort.IOBinding:
+        assert self._decoder is not None
         binding, rows = self._decoder.io_binding(), batch.rows
         self._k[...] = k
         binding.bind_input("k", "cpu", 0, np.int64, (), self._k.ctypes.data)

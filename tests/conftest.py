@@ -76,6 +76,55 @@ def tiny_post_norm_artifact(
     return _exported(request, "fp32", cuda=False, checkpoint=path)
 
 
+@pytest.fixture(scope="session")
+def tiny_window_artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An int8 artifact whose state is rings, of rotated keys that all heads share; one layer stands for two."""
+    changes = {
+        "encoder_attention": "window", "encoder_window": 8, "global_tokens": 2, "decoder_attention": "window",
+        "decoder_window": 8, "positions": "rotary", "num_kv_heads": 1, "share_layers": "all",
+    }  # fmt: skip
+    return _variation(request, tmp_path_factory, "window", "int8", changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_linear_artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An fp32 artifact whose state is sums, behind an encoder of random features."""
+    changes = {"encoder_attention": "performer", "decoder_attention": "linear"}
+    return _variation(request, tmp_path_factory, "linear", "fp32", changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier_checkpoint() -> Checkpoint:
+    """An encoder alone, with three labels."""
+    from tests import tiny
+
+    return tiny.tiny_checkpoint(decoder_layers=0, labels=("calm", "glad", "sad"))
+
+
+@pytest.fixture(scope="session")
+def tiny_classifier_artifact(
+    request: pytest.FixtureRequest, tiny_classifier_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Its fp32 artifact for the CPU alone. Tests must not write to it."""
+    path = tmp_path_factory.mktemp("checkpoint") / "classifier.pt"
+    tiny_classifier_checkpoint.save(path)
+    return _exported(request, "fp32", cuda=False, checkpoint=path)
+
+
+def _variation(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    precision: Precision,
+    changes: dict[str, object],
+) -> Path:
+    from tests import tiny
+
+    path = tmp_path_factory.mktemp("checkpoint") / f"{name}.pt"
+    tiny.tiny_checkpoint(**changes).save(path)
+    return _exported(request, precision, cuda=False, checkpoint=path)
+
+
 def _exported(request: pytest.FixtureRequest, precision: Precision, cuda: bool, checkpoint: Path | None = None) -> Path:
     """The artifact of a tiny model, from pytest's cache if nothing that makes it has changed."""
     cache = request.config.cache
@@ -104,7 +153,9 @@ def _fingerprint() -> str:
     for name in ("torch", "onnx", "onnxruntime", "onnxscript", "tokenizers"):
         digest.update(f"{name} {importlib.metadata.version(name)}\n".encode())
     sources = [path for path in (_ROOT / "export").glob("*.py") if path.name not in ("cli.py", "benchmark.py")]
-    sources += [_ROOT / "model" / f"{name}.py" for name in ("config", "transformer", "tokenizer")]
+    sources += [
+        _ROOT / "model" / f"{name}.py" for name in ("attention", "config", "positions", "transformer", "tokenizer")
+    ]
     sources.append(_ROOT / "tests" / "tiny.py")
     for path in sorted(sources):
         digest.update(path.read_bytes())

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import Checkpoint
-from model.config import Recipe, TransformerConfig
+from model.config import Recipe, TrainingConfig, TransformerConfig
 from model.tokenizer import train_tokenizer
 from model.transformer import Transformer
 
@@ -53,6 +53,9 @@ def tiny_checkpoint(seed: int = 1, **changes: object) -> Checkpoint:
                 parameter.normal_(std=0.1)
             elif "attention" in name and parameter.dim() == 2:
                 parameter.mul_(3.0)
+        if config.labels:  # of which each is the likeliest somewhere
+            model.classifier.weight.mul_(3.0)  # type: ignore[union-attr]  # there is one
+            model.classifier.bias.zero_()  # type: ignore[union-attr]
         # A long vector has logits that vary more than the others': the end comes soon or late.
         model.output_projection.weight[config.eos_id] *= 3.0
     torch.random.set_rng_state(generator_state)
@@ -64,7 +67,8 @@ def tiny_checkpoint(seed: int = 1, **changes: object) -> Checkpoint:
         "training_data": "random weights",
         "description": "random weights for tests",
     }
-    return Checkpoint(Recipe(model=config), tokenizer, model.state_dict(), metadata)
+    training = TrainingConfig(loss="classification" if config.labels else "translation")
+    return Checkpoint(Recipe(config, training), tokenizer, model.state_dict(), metadata)
 
 
 def write_sentences(path: Path, count: int = 500) -> Path:

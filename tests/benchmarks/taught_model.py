@@ -19,8 +19,9 @@ import torch
 from model.checkpoint import Checkpoint
 from model.config import Recipe, TransformerConfig
 from model.data import pad_rows
+from model.objectives import sequence_loss
 from model.tokenizer import encode_texts, train_tokenizer
-from model.transformer import Transformer, sequence_loss
+from model.transformer import Transformer
 from tests.tiny import sentences
 
 CONFIG = TransformerConfig(

@@ -11,7 +11,8 @@ from torch import nn
 from export.equalisation import equalise
 from export.integer_state import HEADS_DEVIATIONS
 from export.spread import Normalised, memory_of
-from model.transformer import DecoderLayer, EncoderLayer, MultiHeadAttention, Transformer
+from model.attention import MultiHeadAttention
+from model.transformer import DecoderLayer, EncoderLayer, Transformer
 from tests import tiny
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -14,10 +15,11 @@ from torch import nn
 from export.artifact_decoder import ArtifactDecoder, open_session
 from export.comparison import differences, invariance
 from export.graph_file import Port, save, trace
-from export.graphs import state_tensors, write_decoder, write_encoder, write_scorer
+from export.graphs import write_decoder, write_encoder, write_scorer
 from export.layers import NORM_DEVIATIONS, Bounded, fused_linear
 from export.profile import CPU, CUDA, Precision, Profile
 from export.spread import Normalised
+from export.state import state_tensors
 from model.transformer import Transformer
 from tests import tiny
 
@@ -48,6 +50,11 @@ def graphs_of(model: Transformer, profile: Profile, path: Path) -> ArtifactDecod
     }
     (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return ArtifactDecoder(path, threads=1)
+
+
+def graph_weights(path: Path) -> int:
+    """Bytes of a graph's constants."""
+    return sum(tensor.ByteSize() for tensor in onnx.load(path).graph.initializer)
 
 
 def some_pairs(config_vocab: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -171,3 +178,94 @@ def test_other_norms_and_gates_work_in_integers(tmp_path: Path, norm: str, activ
     decoder = graphs_of(model, CPU["int8"], tmp_path)
     assert invariance(decoder, *some_pairs(300)) == (True, True)
     assert_scored_as_stepped(model, decoder)
+
+
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "multi_query": {"num_heads": 4, "num_kv_heads": 1, "d_model": 32},
+    "grouped_of_odd_width": {"num_heads": 4, "num_kv_heads": 2, "d_model": 24},
+    "relative_bias": {"positions": "relative_bias", "relative_buckets": 8, "relative_max_distance": 6},
+    "relative_bias_of_odd_width": {
+        "positions": "relative_bias", "relative_buckets": 8, "relative_max_distance": 6, "d_model": 24,
+    },
+    "rotary": {"positions": "rotary"},
+    "rotary_of_odd_width": {"positions": "rotary", "d_model": 24, "num_heads": 2, "num_kv_heads": 1},
+    "rotary_of_few_features": {"positions": "rotary", "d_model": 16},
+    "window": {
+        "encoder_attention": "window", "encoder_window": 8, "global_tokens": 2,
+        "decoder_attention": "window", "decoder_window": 4,
+    },
+    "window_without_global_tokens": {
+        "encoder_attention": "window", "encoder_window": 4, "global_tokens": 0, "num_kv_heads": 1,
+        "decoder_attention": "window", "decoder_window": 5, "positions": "rotary",
+    },
+    "window_with_bias": {
+        "encoder_attention": "window", "encoder_window": 8, "d_model": 24,
+        "decoder_attention": "window", "decoder_window": 4,
+        "positions": "relative_bias", "relative_buckets": 8, "relative_max_distance": 6,
+    },
+    "linear": {"encoder_attention": "linear", "decoder_attention": "linear", "num_heads": 4, "num_kv_heads": 2},
+    "performer": {"encoder_attention": "performer", "performer_features": 24},
+    "shared": {"share_layers": "all", "encoder_layers": 2, "pre_norm": False},
+    "shared_in_cycle": {
+        "share_layers": "cycle", "different_encoder_layers": 2, "different_decoder_layers": 2,
+        "encoder_layers": 3, "decoder_layers": 3,
+    },
+}  # fmt: skip
+
+
+TOGETHER = ("grouped_of_odd_width", "relative_bias", "rotary_of_few_features", "window_with_bias", "linear", "shared")
+"""Each variation in one of these at least; the others, CUDA's operators and integers run with the slow tests."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "profile"),
+    [
+        pytest.param(
+            changes,
+            profile,
+            id=f"{name}-{profile}",
+            marks=() if name in TOGETHER and profile == "cpu" else pytest.mark.slow,
+        )
+        for name, changes in VARIATIONS.items()
+        for profile in ("cpu", "cuda")
+    ],
+)
+def test_variations_give_what_the_model_gives(tmp_path: Path, changes: dict[str, Any], profile: str) -> None:
+    """In fp32, for the CPU and with the operators for CUDA: logits, scores and alignments of targets longer than a
+    window; rows keep their bits in any batch and at any padding.
+    """
+    model = tiny.tiny_checkpoint(**changes).transformer()
+    decoder = graphs_of(model, (CPU if profile == "cpu" else CUDA)["fp32"], tmp_path)
+    found = differences(model, decoder, *some_pairs(300))
+    assert 0 < found.logits < 1e-3
+    assert max(found.scores, found.scores_to_steps, found.alignments) < 1e-4
+    assert invariance(decoder, *some_pairs(300)) == (True, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
+def test_variations_work_in_integers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Rows keep their bits, and the scorer rounds as the steps do."""
+    model = tiny.tiny_checkpoint(**changes).transformer()
+    decoder = graphs_of(model, CPU["int8"], tmp_path)
+    assert invariance(decoder, *some_pairs(300)) == (True, True)
+    assert_scored_as_stepped(model, decoder)
+
+
+def test_a_shared_layer_is_stored_once(tmp_path: Path) -> None:
+    """The graphs of four layers that share their weights are as large as those of one layer, but for the nodes."""
+    sizes = {}
+    for name, changes in {
+        "one": {"encoder_layers": 1, "decoder_layers": 1},
+        "shared": {"encoder_layers": 4, "decoder_layers": 4, "share_layers": "all"},
+        "plain": {"encoder_layers": 4, "decoder_layers": 4},
+    }.items():
+        model = tiny.tiny_checkpoint(d_model=64, **changes).transformer()
+        for precision in ("fp32", "int8"):
+            path = tmp_path / f"{name}-{precision}"
+            path.mkdir()
+            graphs_of(model, CPU[precision], path)
+            sizes[name, precision] = sum(graph_weights(path / f"{graph}.onnx") for graph in ("encoder", "decoder"))
+    for precision in ("fp32", "int8"):
+        assert sizes["shared", precision] < 1.05 * sizes["one", precision]
+        assert sizes["plain", precision] > 2 * sizes["one", precision]

@@ -22,6 +22,25 @@ from model.config import ConfigurationError, Recipe, TransformerConfig
         ({"activation": "swish"}, "activation"),
         ({"norm": "batch_norm"}, "norm"),
         ({"max_source_tokens": 1}, "max_source_tokens"),
+        ({"positions": "learnt"}, "positions"),
+        ({"positions": "rotary", "d_model": 12, "num_heads": 4}, "positions.*odd width"),
+        ({"positions": "rotary", "encoder_attention": "linear"}, "positions"),
+        ({"positions": "relative_bias", "decoder_attention": "linear"}, "positions"),
+        ({"relative_buckets": 6}, "relative_buckets"),
+        ({"relative_max_distance": 16}, "relative_max_distance"),
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"encoder_attention": "sparse"}, "encoder_attention"),
+        ({"encoder_attention": "window", "encoder_window": 0}, "encoder_window"),
+        ({"encoder_attention": "window", "encoder_window": 7}, "encoder_window"),
+        ({"encoder_attention": "window", "encoder_window": 8, "global_tokens": 5}, "global_tokens"),
+        ({"decoder_attention": "performer"}, "decoder_attention"),
+        ({"decoder_attention": "window", "decoder_window": 0}, "decoder_window"),
+        ({"performer_features": -1}, "performer_features"),
+        ({"share_layers": "some"}, "share_layers"),
+        ({"share_layers": "all", "different_encoder_layers": 2}, "different_encoder_layers"),
+        ({"share_layers": "cycle", "different_encoder_layers": 3}, "different_decoder_layers"),
+        ({"share_layers": "cycle", "different_encoder_layers": 7}, "different_encoder_layers"),
+        ({"share_layers": "sequence", "different_encoder_layers": 4}, "different_encoder_layers"),
     ],
 )
 def test_a_transformer_that_cannot_work_is_refused_by_the_fields_name(fields: dict[str, object], name: str) -> None:
@@ -30,10 +49,36 @@ def test_a_transformer_that_cannot_work_is_refused_by_the_fields_name(fields: di
 
 
 @pytest.mark.parametrize(
+    ("sharing", "different", "layers", "order"),
+    [
+        ("none", 0, 3, [0, 1, 2]),
+        ("all", 0, 3, [0, 0, 0]),
+        ("sequence", 3, 6, [0, 0, 1, 1, 2, 2]),
+        ("cycle", 3, 6, [0, 1, 2, 0, 1, 2]),
+        ("cycle", 2, 5, [0, 1, 0, 1, 0]),
+        ("cycle_reversed", 3, 6, [0, 1, 2, 2, 1, 0]),
+        ("cycle_reversed", 3, 9, [0, 1, 2, 0, 1, 2, 2, 1, 0]),
+        ("cycle_reversed", 3, 3, [0, 1, 2]),
+    ],
+)
+def test_shared_layers_stand_in_the_papers_orders(sharing: str, different: int, layers: int, order: list[int]) -> None:
+    """Figure 1 of Takase and Kiyono, its numbers counted from 0."""
+    config = TransformerConfig(
+        share_layers=sharing,  # type: ignore[arg-type]  # a parameter of the test
+        encoder_layers=layers,
+        decoder_layers=layers,
+        different_encoder_layers=different,
+        different_decoder_layers=different,
+    )
+    assert config.encoder_order == config.decoder_order == order
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[model]\nwidth = 3\n", "model.width"),
         ("[model]\nd_model = '256'\n", "model.d_model must be of type int"),
+        ("[model]\nencoder_window = [4, 8]\n", "model.encoder_window must be of type int"),
         ("[training]\nlearning_rate = true\n", "training.learning_rate"),
         ("[training]\noptimizer = 'sgd'\n", "optimizer must be 'adam' or 'muon'"),
         ("[other]\n", "other"),

@@ -108,7 +108,7 @@ def test_a_killed_run_continues_with_the_same_losses(data: Path) -> None:
     train(data, "parts", *options, "--resume")
     assert losses(data / "parts") == losses(data / "whole")
     assert len(losses(data / "whole")) == 40
-    assert log(data / "parts", "validation")[-1]["bleu"] == log(data / "whole", "validation")[-1]["bleu"]
+    assert log(data / "parts", "validation")[-1]["scores"] == log(data / "whole", "validation")[-1]["scores"]
     whole, parts = (Checkpoint.load(data / run / "model.pt") for run in ("whole", "parts"))
     assert all(bool((whole.weights[name] == parts.weights[name]).all()) for name in whole.weights)
     assert (data / "whole" / "curves.png").stat().st_size > 1000
@@ -170,10 +170,13 @@ def test_a_small_model_learns_to_spell(data: Path) -> None:
         "--set",
         "training.average_checkpoints=2",
     )
-    assert log(data / "learns", "validation")[-1]["bleu"] > 60
+    assert log(data / "learns", "validation")[-1]["scores"]["bleu"] > 60
     final = Checkpoint.load(data / "learns" / "model.pt")
     assert final.metadata["name"] == "letters"
-    assert final.metadata["valid_bleu"] >= max(line["bleu"] for line in log(data / "learns", "validation")) - 1e-9
+    assert (
+        final.metadata["validation"]["bleu"]
+        >= max(line["scores"]["bleu"] for line in log(data / "learns", "validation")) - 1e-9
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,14 @@ import math
 import pytest
 import torch
 
+from model.attention import CrossAttention, Positions, attention
 from model.config import TransformerConfig
-from model.transformer import (
-    Dropout,
-    MultiHeadAttention,
-    Transformer,
-    attention,
-    new_norm,
-    sequence_loss,
-    sinusoidal_positions,
-)
+from model.objectives import sequence_loss
+from model.positions import sinusoidal_positions
+from model.transformer import Dropout, Transformer, new_norm
 
 X = torch.tensor([[1.0, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]])
+ALL = torch.ones(1, 1, 1, 3, dtype=torch.bool)
 # X X^T / sqrt(4): rows 1 and 2 have no place in common, so their score is 0, not 0.5.
 SCORES = [[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.5, 0.5, 1.0]]
 # exp(1) = 2.71828, exp(0.5) = 1.64872, exp(0) = 1; rows sum to 5.36700, 5.36700, 6.01572
@@ -57,22 +53,22 @@ def test_attention_of_the_worked_example() -> None:
 
 def test_multi_head_attention_of_the_worked_example() -> None:
     """With identity projections and one head of width 4 the module gives the same numbers."""
-    module = MultiHeadAttention(tiny(d_model=4, num_heads=1))
+    module = CrossAttention(tiny(d_model=4, num_heads=1))
     for projection in (module.query, module.key, module.value, module.output):
         torch.nn.init.eye_(projection.weight)
         torch.nn.init.zeros_(projection.bias)
-    output = module(X[None], X[None], None)[0]
+    output = module(X[None], X[None], ALL)[0]
     torch.testing.assert_close(output, torch.tensor(OUTPUT), atol=2e-5, rtol=0)
 
 
 def test_heads_are_separate_slices_of_the_width() -> None:
     """Two heads of width 2 attend each by their own half, and stand side by side in the output."""
-    module = MultiHeadAttention(tiny(d_model=4, num_heads=2))
+    module = CrossAttention(tiny(d_model=4, num_heads=2))
     for projection in (module.query, module.key, module.value, module.output):
         torch.nn.init.eye_(projection.weight)
         torch.nn.init.zeros_(projection.bias)
     halves = [attention(half, half, half)[0] for half in (X[:, :2], X[:, 2:])]
-    torch.testing.assert_close(module(X[None], X[None], None)[0], torch.cat(halves, dim=-1))
+    torch.testing.assert_close(module(X[None], X[None], ALL)[0], torch.cat(halves, dim=-1))
 
 
 def test_a_masked_place_counts_for_nothing() -> None:
@@ -154,10 +150,11 @@ def test_post_norm_layer_is_the_formula() -> None:
     """LayerNorm(x + Sublayer(x)), for both sublayers of an encoder layer."""
     model = tiny_model()
     layer, x = model.encoder[0], torch.randn(1, 5, 16)
+    positions = Positions(torch.tensor([5]))
     norm = torch.nn.functional.layer_norm
-    x1 = norm(x + layer.self_attention(x, x, None), (16,))
+    x1 = norm(x + layer.self_attention(x, positions), (16,))
     expected = norm(x1 + layer.feed_forward(x1), (16,))
-    torch.testing.assert_close(layer(x, torch.ones(1, 1, 1, 5, dtype=torch.bool)), expected)
+    torch.testing.assert_close(layer(x, positions), expected)
 
 
 def test_feed_forward_is_four_times_as_wide_and_gelu() -> None:
@@ -227,3 +224,25 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     assert (dropped == 0).float().mean().item() == pytest.approx(0.1, abs=0.01)
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.01)
     assert torch.equal(module.eval()(x), x)
+
+
+@pytest.mark.parametrize(("sharing", "different"), [("all", 0), ("sequence", 2), ("cycle", 2), ("cycle_reversed", 2)])
+def test_shared_layers_compute_as_copies_would(sharing: str, different: int) -> None:
+    """A model of four layers that shares them gives what one with copied weights gives, of fewer parameters."""
+    fields = {"encoder_layers": 4, "decoder_layers": 4}
+    shared = tiny_model(
+        share_layers=sharing, different_encoder_layers=different, different_decoder_layers=different, **fields
+    )
+    plain = tiny_model(**fields)
+    weights = shared.state_dict()
+    for stack, order in (("encoder", shared.config.encoder_order), ("decoder", shared.config.decoder_order)):
+        copies = {
+            f"{stack}.{place}.{name}": tensor
+            for place, number in enumerate(order)
+            for name, tensor in shared.get_submodule(f"{stack}.{number}").state_dict().items()
+        }
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{stack}.")} | copies
+    plain.load_state_dict(weights)
+    ids, targets, lengths = torch.randint(3, 50, (2, 5)), torch.randint(3, 50, (2, 6)), torch.tensor([5, 3])
+    assert torch.equal(shared(ids, lengths, targets), plain(ids, lengths, targets))
+    assert shared.num_parameters() < 0.6 * plain.num_parameters()

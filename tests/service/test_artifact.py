@@ -121,7 +121,11 @@ BROKEN: dict[str, tuple[Change, str, str]] = {
     "wrong type": (_edit("max_source_tokens", "many"), "max_source_tokens: Input should be", "Export"),
     "unknown kind of state": (_state(kind="magic"), "state.1.kind", "Export"),
     "rows not on axis 0": (_state(shape=[3, "rows", "target_capacity"]), "rows on axis 0", "Export"),
-    "a cache without capacity": (_state(shape=["rows", 3]), "kind cache has the symbolic axis", "Export"),
+    "two capacities": (
+        _state(shape=["rows", "target_capacity", "target_capacity"]),
+        "kind cache has the symbolic axis",
+        "Export",
+    ),
     "a foreign capacity": (_state(shape=["rows", "source_capacity"]), "kind cache has the symbolic axis", "Export"),
     "unknown symbol": (_state(shape=["rows", "heads"]), "state.1.shape", "Export"),
     "state named twice": (_state(name="source"), "two state tensors have the same name", "Export"),

@@ -1,4 +1,6 @@
-"""Alone or in any batch, at any order of admission: the same bits. On a real artifact, fp32 and int8."""
+"""Alone or in any batch, at any order of admission: the same bits. On real artifacts, fp32 and int8, with every kind of
+state.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +62,17 @@ def _alone(runner: Runner) -> Model:
     return model
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8"])
+ARTIFACTS = {
+    "fp32": "tiny_fp32_artifact",
+    "int8": "tiny_artifact",
+    "window": "tiny_window_artifact",
+    "linear": "tiny_linear_artifact",
+}
+
+
+@pytest.fixture(scope="module", params=ARTIFACTS)
 def model(request: pytest.FixtureRequest) -> Model:
-    path: Path = request.getfixturevalue("tiny_fp32_artifact" if request.param == "fp32" else "tiny_artifact")
+    path: Path = request.getfixturevalue(ARTIFACTS[request.param])
     return _alone(Runner(Artifact.load(path), Settings(threads=1, provider="cpu")))
 
 

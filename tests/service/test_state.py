@@ -24,6 +24,7 @@ TENSORS = [
     StateTensor(name="values", kind="cache", shape=["rows", "target_capacity"]),
     StateTensor(name="cross", kind="source", shape=["rows", 2, "source_capacity"]),
     StateTensor(name="summary", kind="source", shape=["rows", 4]),
+    StateTensor(name="ring", kind="cache", shape=["rows", 3, 2]),
     StateTensor(name="memory", kind="recurrent", shape=["rows", 2, 2]),
 ]
 MAX_ROWS = 5
@@ -204,7 +205,7 @@ def test_growing_is_counted_only_if_rows_are_copied() -> None:
 def test_the_memory_bound_is_the_sum_at_the_last_rungs_and_one_copy() -> None:
     """What is stated at start-up is what the buffers can take."""
     state = new_state()
-    rows = {"keys": 2 * 6 * 3, "values": 6, "cross": 2 * 8, "summary": 4, "memory": 4}
+    rows = {"keys": 2 * 6 * 3, "values": 6, "cross": 2 * 8, "summary": 4, "ring": 6, "memory": 4}
     assert state.max_nbytes == MAX_ROWS * 4 * (sum(rows.values()) + rows["keys"])
     state.reserve(source=8, target=6)
     assert state.nbytes == MAX_ROWS * 4 * sum(rows.values())

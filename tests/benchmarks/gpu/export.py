@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from export.artifact_decoder import ArtifactDecoder
-from export.graphs import state_tensors, write_decoder, write_encoder, write_reorder
+from export.graphs import write_decoder, write_encoder, write_reorder
 from export.manifest import FORMAT_VERSION, checksums, write_manifest
 from export.profile import CUDA, Precision
+from export.state import state_tensors
 from model.checkpoint import Checkpoint
 from model.config import Recipe, TransformerConfig
 from model.tokenizer import train_tokenizer

@@ -1,0 +1,269 @@
+"""Losses against their formulas, and runs that learn by each of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.checkpoint import Checkpoint
+from model.config import ConfigurationError, Recipe, TrainingConfig, TransformerConfig
+from model.data import Batch, pad_rows
+from model.evaluation import retrieval
+from model.objectives import (
+    Objective,
+    classification_loss,
+    contrastive_loss,
+    distillation_loss,
+    info_nce,
+    sequence_loss,
+    translation_loss,
+)
+from model.transformer import Transformer
+from service.cli import main
+from tests import tiny
+
+
+def model(**changes: Any) -> Transformer:
+    torch.manual_seed(0)
+    fields = {"vocab_size": 50, "d_model": 16, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0}
+    return Transformer(TransformerConfig(**{**fields, **changes}))
+
+
+def batch(sources: Sequence[list[int]], targets: Sequence[list[int]]) -> Batch:
+    return Batch(
+        source_ids=pad_rows(list(sources), 0),
+        source_lengths=torch.tensor([len(source) for source in sources]),
+        target_inputs=pad_rows([[1, *target[:-1]] for target in targets], 0),
+        target_outputs=pad_rows(list(targets), 0),
+        target_tokens=sum(map(len, targets)),
+    )
+
+
+PAIRS = batch([[5, 6, 2], [7, 2], [8, 9, 10, 2]], [[15, 2], [16, 17, 18, 2], [19, 20, 2]])
+
+
+def test_info_nce_by_hand() -> None:
+    """Two pairs at right angles to each other, temperature 0.5: each is found with odds of exp(2) to 1, both ways."""
+    vectors = torch.tensor([[3.0, 0.0], [0.0, 0.1]])
+    none = torch.eye(2, dtype=torch.bool)
+    assert float(info_nce(vectors, vectors, none, 0.5)) == pytest.approx(math.log(1 + math.exp(-2)))
+
+
+def test_equal_texts_are_no_negatives() -> None:
+    """Three pairs of which two have the same source: between these only the third pair is a negative."""
+    vectors = torch.eye(3)
+    same = torch.eye(3, dtype=torch.bool)
+    same[0, 1] = same[1, 0] = True
+    rows = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(-1)), math.log(1 + 2 * math.exp(-1))]
+    assert float(info_nce(vectors, vectors, same, 1.0)) == pytest.approx(sum(rows) / 3)
+
+
+def test_the_contrastive_loss_is_that_of_the_vectors_that_encode_gives() -> None:
+    """Means over each text's own tokens, of targets as of sources; padding and the batch's order say nothing."""
+    net = model().eval()
+    config = TrainingConfig(loss="contrastive", contrastive_temperature=0.1)
+
+    def vectors(ids: Tensor) -> Tensor:
+        rows = [row[row != 0] for row in ids]
+        return torch.stack([net.encode(row[None], torch.tensor([len(row)]))[0].mean(dim=0) for row in rows])
+
+    ours, theirs = vectors(PAIRS.source_ids), vectors(PAIRS.target_outputs)
+    expected = info_nce(ours, theirs, torch.eye(3, dtype=torch.bool), 0.1) * PAIRS.target_tokens
+    torch.testing.assert_close(contrastive_loss(net, PAIRS, config), expected)
+    alone = translation_loss(net, PAIRS, TrainingConfig())
+    both = translation_loss(net, PAIRS, TrainingConfig(contrastive_weight=0.5, contrastive_temperature=0.1))
+    torch.testing.assert_close(both, alone + 0.5 * expected)
+
+
+def test_distillation_by_hand() -> None:
+    """Teacher 3/4, 1/4, student even: 3/4 log(3/2) + 1/4 log(1/2); an invalid place counts for nothing."""
+    told = torch.tensor([[[math.log(3.0), 0.0], [9.0, 0.0]]])
+    loss = distillation_loss(torch.zeros(1, 2, 2), told, torch.tensor([[True, False]]), 1.0)
+    assert float(loss) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+
+
+def test_distillation_at_a_temperature_has_hintons_gradient() -> None:
+    """T^2 times the divergence of softened distributions: its gradient is T * (softmax(z / T) - softmax(v / T))."""
+    logits, told = torch.randn(1, 1, 5, requires_grad=True), torch.randn(1, 1, 5)
+    distillation_loss(logits, told, torch.ones(1, 1, dtype=torch.bool), 4.0).backward()
+    assert logits.grad is not None
+    expected = 4.0 * ((logits.detach() / 4).softmax(-1) - (told / 4).softmax(-1))
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_a_student_of_its_own_weights_has_nothing_to_learn_from_its_teacher() -> None:
+    """The divergence is zero, so what is left is the data's share; the teacher is not trained."""
+    net = model()
+    config = TrainingConfig(distillation_weight=0.75)
+    objective = Objective(net, config, model())
+    plain = translation_loss(net, PAIRS, TrainingConfig())
+    torch.testing.assert_close(objective(PAIRS), 0.25 * plain)
+    assert {id(p) for p in objective.parameters()} == {id(p) for p in net.parameters()}
+
+
+def test_a_teacher_and_its_weight_go_together() -> None:
+    with pytest.raises(ConfigurationError, match="distillation_weight"):
+        Objective(model(), TrainingConfig(distillation_weight=0.5))
+    with pytest.raises(ConfigurationError, match="distillation_weight"):
+        Objective(model(), TrainingConfig(), model())
+
+
+def test_classification_is_the_cross_entropy_of_means_over_tokens() -> None:
+    """-log softmax of the classifier on the mean of a text's own token vectors, summed over the rows."""
+    net = model(labels=("a", "b", "c"), decoder_layers=0).eval()
+    labelled = batch([[5, 6, 2], [7, 2]], [[2], [0]])
+    assert net.classifier is not None
+    expected = torch.tensor(0.0)
+    for row, label in (([5, 6, 2], 2), ([7, 2], 0)):
+        memory = net.encode(torch.tensor([row]), torch.tensor([len(row)]))[0]
+        expected = expected - net.classifier(memory.mean(dim=0)).log_softmax(0)[label]
+    torch.testing.assert_close(classification_loss(net, labelled, TrainingConfig(label_smoothing=0.0)), expected)
+
+
+def test_an_encoder_alone_has_no_weights_of_a_decoder() -> None:
+    names = [name for name, _ in model(labels=("a", "b"), decoder_layers=0).named_parameters()]
+    assert not [name for name in names if "decoder" in name]
+    assert "classifier.weight" in names
+
+
+@pytest.mark.parametrize(
+    ("tables", "name"),
+    [
+        ({"training": {"loss": "mine"}}, "loss"),
+        ({"training": {"loss": "module:"}}, "loss"),
+        ({"model": {"decoder_layers": 0}}, "decoder_layers"),
+        ({"model": {"decoder_layers": 0, "share_embeddings": False}}, "share_embeddings"),
+        ({"model": {"labels": ["one"]}}, "labels"),
+        ({"model": {"labels": ["one", 2]}}, "model.labels must be a list of texts"),
+        ({"training": {"contrastive_weight": -1.0}}, "contrastive_weight"),
+        ({"training": {"contrastive_temperature": 0.0}}, "contrastive_temperature"),
+        ({"training": {"distillation_weight": 1.5}}, "distillation_weight"),
+        ({"training": {"loss": "classification", "contrastive_weight": 1.0}}, "contrastive_weight"),
+        ({"training": {"loss": "classification", "join_share": 0.5}, "model": {"decoder_layers": 0}}, "join_share"),
+        ({"training": {"loss": "classification"}}, "decoder_layers"),
+        ({"model": {"labels": ["one", "two"]}}, "decoder_layers"),
+        ({"training": {"loss": "contrastive"}, "model": {"max_source_tokens": 9}}, "max_target_tokens"),
+    ],
+)
+def test_objectives_that_cannot_work_are_refused_by_the_fields_name(tables: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigurationError, match=name):
+        Recipe.from_dict(tables)
+
+
+@pytest.mark.parametrize("path", ["no_such_package.module:loss", "model.objectives:no_such_loss", "math:pi"])
+def test_a_loss_that_cannot_be_imported_is_refused_with_its_path(path: str) -> None:
+    with pytest.raises(ConfigurationError, match=path):
+        Objective(model(), TrainingConfig(loss=path))
+
+
+# ---- runs ----
+
+RECIPE = """
+[model]
+vocab_size = 290
+d_model = 32
+num_heads = 2
+encoder_layers = 1
+decoder_layers = {decoder_layers}
+dropout = 0.0
+pre_norm = true
+max_source_tokens = 32
+max_target_tokens = 32
+[training]
+batch_tokens = 400
+learning_rate = 0.004
+warmup_steps = 20
+max_steps = {steps}
+validate_every = {steps}
+precision = "fp32"
+{more}
+[metadata]
+name = "tiny"
+"""
+
+
+def train(path: Path, run: str, lines: list[str], *options: str, decoder_layers: int = 0, **values: Any) -> Path:
+    """A run on these lines; gives its model.pt."""
+    more = "\n".join(f"{name} = {value!r}" for name, value in values.items() if name != "steps")
+    recipe = RECIPE.format(decoder_layers=decoder_layers, steps=values.get("steps", 60), more=more)
+    (path / f"{run}.toml").write_text(recipe)
+    (path / f"{run}.tsv").write_text("".join(f"{line}\n" for line in lines))
+    arguments = ["--recipe", f"{path / run}.toml", "--data", f"{path / run}.tsv", "--output", str(path / run)]
+    assert main(["train", *arguments, "--holdout", "0.1", "--threads", "1", *options]) == 0
+    return path / run / "model.pt"
+
+
+def labelled() -> list[str]:
+    """Whether a sentence speaks of a cat."""
+    return [f"{text}\t{'cat' if 'cat' in text.lower() else 'none'}" for text in tiny.sentences(400)]
+
+
+def test_a_classifier_learns_its_labels_from_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels are found, most sentences held back are told right, and `evaluate` says so."""
+    found = train(tmp_path, "cats", labelled(), loss="classification", steps=80)
+    checkpoint = Checkpoint.load(found)
+    assert checkpoint.recipe.model.labels == ("cat", "none")
+    assert checkpoint.metadata["validation"]["accuracy"] > 90
+    assert main(["evaluate", str(found), "--data", str(tmp_path / "cats" / "valid.tsv")]) == 0
+    assert capsys.readouterr().out.startswith("accuracy 9") or checkpoint.metadata["validation"]["accuracy"] == 100
+
+
+def translations() -> list[str]:
+    return [f"{text}\t{text.upper()[::-1]}" for text in tiny.sentences(400)]
+
+
+def test_contrastive_learning_makes_translations_find_each_other(tmp_path: Path) -> None:
+    """Texts written backwards in capitals are found among the held-back ones more often than at first."""
+    found = Checkpoint.load(train(tmp_path, "pairs", translations(), loss="contrastive", steps=100))
+    untrained = Transformer(found.recipe.model)
+    references = {line.split("\t")[0]: [line.split("\t")[1]] for line in translations()[:60]}
+    before = retrieval(untrained, found.tokenizer, references)
+    assert found.metadata["validation"]["retrieval"] > 2 * before
+    assert retrieval(found.transformer(), found.tokenizer, references) > 2 * before
+
+
+def test_a_run_begins_with_another_models_weights_and_learns_from_a_teacher(tmp_path: Path) -> None:
+    """The tokenizer comes along; a classifier takes a translator's encoder."""
+    first = train(tmp_path, "first", translations(), decoder_layers=1, steps=2)
+    options = ("--init", str(first), "--teacher", str(first))
+    second = train(tmp_path, "second", translations(), *options, decoder_layers=1, steps=1, distillation_weight=0.5)
+    start, end = Checkpoint.load(first), Checkpoint.load(second)
+    assert end.tokenizer.to_str() == start.tokenizer.to_str()
+    name = "encoder.0.self_attention.query.weight"
+    assert 0 < float((end.weights[name] - start.weights[name]).abs().max()) < 0.01
+    third = Checkpoint.load(train(tmp_path, "third", labelled(), "--init", str(first), loss="classification", steps=1))
+    assert float((third.weights[name] - start.weights[name]).abs().max()) < 0.01
+
+
+def test_a_loss_of_ones_own_is_imported_and_minimised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a file of the user's, by its path; one that does not exist ends with a line that says what to do."""
+    (tmp_path / "my_losses.py").write_text(
+        "def focal(model, batch, config):\n"
+        "    logits = model(batch.source_ids, batch.source_lengths, batch.target_inputs).float()\n"
+        "    scores = logits.log_softmax(-1).gather(2, batch.target_outputs.unsqueeze(2)).squeeze(2)\n"
+        "    loss = -((1 - scores.exp()) ** 2 * scores)\n"
+        "    return (loss * (batch.target_outputs != model.config.pad_id)).sum()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    train(tmp_path, "own", translations(), decoder_layers=1, steps=20, loss="my_losses:focal")
+    steps = (tmp_path / "own" / "log.jsonl").read_text().splitlines()
+    first, last = (float(line.split('"loss": ')[1].split(",")[0]) for line in (steps[0], steps[19]))
+    assert last < first - 0.5
+    arguments = ["--recipe", f"{tmp_path}/own.toml", "--data", f"{tmp_path}/own.tsv", "--holdout", "0.1"]
+    assert main(["train", *arguments, "--output", f"{tmp_path}/x", "--set", "training.loss='my_losses:none'"]) == 2
+    assert "my_losses:none cannot be imported" in capsys.readouterr().err
+
+
+def test_sequence_loss_ignores_padding() -> None:
+    """Two rows of different lengths: the sum over their tokens, each by itself."""
+    logits, targets = torch.randn(2, 3, 7), torch.tensor([[3, 4, 0], [5, 2, 6]])
+    alone = [sequence_loss(logits[r : r + 1, :n], targets[r : r + 1, :n], 0, 0.1) for r, n in ((0, 2), (1, 3))]
+    torch.testing.assert_close(sequence_loss(logits, targets, 0, 0.1), alone[0] + alone[1])
