@@ -15,6 +15,7 @@ from starlette.routing import request_response
 from service import __version__
 from service.body import read_json
 from service.call import Mailbox
+from service.classify import classify
 from service.documentation import add_documentation
 from service.encode import encode
 from service.generate import generate
@@ -23,6 +24,8 @@ from service.openapi import DESCRIPTION, describe, operation
 from service.probes import add_probes
 from service.problem import add_problem_handlers, validation_failed
 from service.schemas import (
+    ClassifyRequest,
+    ClassifyResponse,
     EncodeRequest,
     EncodeResponse,
     GenerateRequest,
@@ -34,7 +37,7 @@ from service.schemas import (
 from service.score import score
 from service.served_model import ServedModel
 
-Asked = TypeVar("Asked", GenerateRequest, EncodeRequest, ScoreRequest)
+Asked = TypeVar("Asked", GenerateRequest, EncodeRequest, ClassifyRequest, ScoreRequest)
 
 _KEEP_ALIVE_BODY = 64 * 1024
 """An unread body up to this long (bytes) is left to the server, which skips it and keeps the connection."""
@@ -105,6 +108,12 @@ def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
         """The log-probability of each target, given its input: what a beam search would have added up for it."""
         asked = await _asked(request, model, ScoreRequest)
         return await score(model, app.state.mailbox, asked, request)
+
+    @app.post("/v1/classify", **operation("classify", "Text to labels", ClassifyRequest, ClassifyResponse))
+    async def post_classify(request: Request) -> Response:
+        """The labels of each text with their probabilities, from a model that was trained to classify."""
+        asked = await _asked(request, model, ClassifyRequest)
+        return await classify(model, app.state.mailbox, asked, request)
 
     @app.get(
         "/v1/models", response_model=ModelList, tags=["models"], operation_id="models", summary="The models served here"

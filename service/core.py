@@ -121,7 +121,8 @@ class Core:
             elif group.kind == "score":
                 self._score(group, ids, lengths)
             else:
-                memory = self.runner.encode(ids, lengths)
+                read = self.runner.classify if group.kind == "classify" else self.runner.encode
+                memory = read(ids, lengths)
                 for sequence, vectors in zip(sequences, memory, strict=True):
                     own = vectors[: len(sequence.source_ids)].copy()  # lets go of the padding
                     ledger.finish(sequence, "stop", Encoded(own, ledger.timings(sequence)))

@@ -27,6 +27,9 @@ class Executes(Protocol):
     def encode(self, ids: Ints, lengths: Ints) -> Floats:
         """The encoder's memory."""
 
+    def classify(self, ids: Ints, lengths: Ints) -> Floats:
+        """A classifier's logits of each token."""
+
     def score(
         self, source_ids: Ints, source_lengths: Ints, target_ids: Ints, *, alignment: bool
     ) -> tuple[Floats, Floats | None]:

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from service.schemas import EncodeRequest, ErrorResponse, GenerateRequest, ScoreRequest, StreamEvent
+from service.schemas import ClassifyRequest, EncodeRequest, ErrorResponse, GenerateRequest, ScoreRequest, StreamEvent
 
 DESCRIPTION = """Encoder-decoder transformers on ONNX Runtime, with continuous batching.
 
@@ -48,7 +48,7 @@ _ERRORS: dict[int, tuple[str, str, str]] = {
     504: ("The request's time ran out while it waited in line.", "deadline_exceeded", "the time ran out in line"),
 }
 
-_EXAMPLES: dict[str, dict[str, Any]] = {
+REQUEST_EXAMPLES: dict[str, dict[str, Any]] = {
     "generate": {
         "one text": {"inputs": "Where is the train station?"},
         "several texts": {"inputs": ["Good morning!", "It is raining."], "parameters": {"return_scores": True}},
@@ -78,6 +78,10 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
         "one text": {"inputs": "Where is the train station?"},
         "a vector per token": {"inputs": "Good morning!", "pooling": "none", "encoding_format": "base64"},
     },
+    "classify": {
+        "one text": {"inputs": "Where is the train station?"},
+        "several texts": {"inputs": ["Where is the train station?", "What a beautiful house!"]},
+    },
     "score": {
         "one pair": {"inputs": "Good evening!", "targets": "Guten Abend!"},
         "several pairs": {
@@ -99,6 +103,12 @@ _ANSWER_EXAMPLES: dict[str, dict[str, Any]] = {
         "id": "enc-6a2f826567db42e2a77619159adaca37",
         "model": "tatoeba-en-de",
         "embeddings": [[0.4082483, 0.8164966, -0.4082483, 0.0]],
+        "usage": {"source_tokens": 7},
+    },
+    "classify": {
+        "id": "class-1b0d9b7f6c4e4bd5b0f0a3f1f7f6f1c2",
+        "model": "questions",
+        "outputs": [[{"label": "question", "score": 0.9375}, {"label": "statement", "score": 0.0625}]],
         "usage": {"source_tokens": 7},
     },
     "score": {
@@ -124,7 +134,7 @@ def operation(name: str, summary: str, request: type[BaseModel], response: type[
                 "content": {
                     "application/json": {
                         "schema": {"$ref": _REFERENCE.format(model=request.__name__)},
-                        "examples": {title: {"value": value} for title, value in _EXAMPLES[name].items()},
+                        "examples": {title: {"value": value} for title, value in REQUEST_EXAMPLES[name].items()},
                     }
                 },
             }
@@ -161,7 +171,9 @@ def describe(app: FastAPI) -> None:
     def complete() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = made()
-            unseen = [(model, "validation") for model in (GenerateRequest, EncodeRequest, ScoreRequest)]
+            unseen = [
+                (model, "validation") for model in (GenerateRequest, EncodeRequest, ClassifyRequest, ScoreRequest)
+            ]
             _, request_schemas = models_json_schema(unseen, ref_template=_REFERENCE)  # type: ignore[arg-type]  # list is invariant
             _, event_schemas = models_json_schema([(StreamEvent, "serialization")], ref_template=_REFERENCE)
             schemas = document.setdefault("components", {}).setdefault("schemas", {})

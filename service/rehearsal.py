@@ -14,9 +14,19 @@ from service.state import State
 
 
 def self_test(runner: Runner, state: State, batch: Batch, ladder: Ladder) -> int:
-    """Translate the manifest's sentences, each alone, and compare: how many there were. Raises ArtifactError."""
+    """Translate or classify the manifest's sentences, each alone, and compare: how many there were. Raises
+    ArtifactError.
+    """
     compared = 0
     for number, test in enumerate(runner.manifest.self_test):
+        if (label := test.labels.get(runner.variant)) is not None:
+            told = _classify(runner, ladder, test.source_ids)
+            if told != label:
+                raise ArtifactError(
+                    f"self-test {number} of the artifact fails on this machine: it gives the label {told!r}, the "
+                    f"manifest says {label!r}. {_REMEDY[runner.variant]}"
+                )
+            compared += 1
         if (wanted := test.target_ids.get(runner.variant)) is None:
             continue
         found = _translate(runner, state, batch, ladder, test.source_ids, len(wanted))
@@ -42,12 +52,18 @@ def warm_up(runner: Runner, state: State, batch: Batch, ladder: Ladder, *, encod
         for length in (ladder.first, ladder.last):
             target_ids, _ = pad([[eos_id]], ladder.first, pad_id)
             runner.score(*pad([[eos_id]], length, pad_id), target_ids, alignment=runner.aligns)
-    rows = state.max_rows
+    rows = state.max_rows if runner.generates else 0
     while rows:
         _begin(runner, state, batch, ladder, [[eos_id]] * rows, limit=1)
         runner.step(batch, state, k=1, logits=False)
         _end(state, batch)
         rows //= 2
+
+
+def _classify(runner: Runner, ladder: Ladder, source_ids: list[int]) -> str:
+    size = len(source_ids)
+    (logits,) = runner.classify(*pad([source_ids], ladder.rung(size), runner.manifest.special_tokens.pad_id))
+    return runner.manifest.labels[int(logits[:size].mean(axis=0).argmax())]
 
 
 def _translate(

@@ -68,6 +68,16 @@ class EncodeRequest(Closed):
     )
 
 
+class ClassifyRequest(Closed):
+    """The body of POST /v1/classify."""
+
+    inputs: Inputs
+    model: str | None = Field(default=None, description="Name of the model, as GET /v1/models lists it.")
+    truncate: bool = Field(
+        default=False, description="Cut a text that is longer than the model takes, instead of refusing it."
+    )
+
+
 class ScoreRequest(Closed):
     """The body of POST /v1/score."""
 
@@ -179,6 +189,22 @@ class EncodeResponse(BaseModel):
     id: str
     model: str
     embeddings: list[list[float]] | list[list[list[float]]] | list[str]
+    usage: SourceUsage
+
+
+class Label(BaseModel):
+    """One label of a text."""
+
+    label: str
+    score: float = Field(description="Its probability; those of all labels of a text sum to 1.")
+
+
+class ClassifyResponse(BaseModel):
+    """The answer of POST /v1/classify: per text all labels, the likeliest first."""
+
+    id: str
+    model: str
+    outputs: list[list[Label]]
     usage: SourceUsage
 
 

@@ -19,7 +19,7 @@ from service.patterns import Patterns
 if TYPE_CHECKING:
     from service.search import Search
 
-Kind: TypeAlias = Literal["generate", "encode", "score"]
+Kind: TypeAlias = Literal["generate", "encode", "score", "classify"]
 FinishReason: TypeAlias = Literal["stop", "length", "timeout"]
 Floats: TypeAlias = npt.NDArray[np.float32]
 

@@ -23,6 +23,13 @@ def pool(memory: Floats, pooling: Pooling) -> Floats:
     return memory[0].copy() if pooling == "first" else memory.copy()
 
 
+def probabilities(logits: Floats) -> Floats:
+    """A text's distribution over labels (labels,): the softmax of the mean of its tokens' logits (length, labels)."""
+    mean = logits.mean(axis=0, dtype=np.float64)
+    weights = np.exp(mean - mean.max())
+    return np.asarray(weights / weights.sum(), np.float32)
+
+
 def normalized(vectors: Floats) -> Floats:
     """Each vector (along the last axis) divided by its Euclidean length; a zero vector stays zero."""
     lengths = np.sqrt(np.sum(np.square(vectors, dtype=np.float64), axis=-1, keepdims=True))

@@ -51,9 +51,15 @@ def test_the_front_door_leads_to_the_documentation(client: TestClient) -> None:
 def test_every_reference_in_the_document_resolves(document: dict[str, Any]) -> None:
     """Schemas that FastAPI does not see are in it too."""
     names = re.findall(r"#/components/schemas/(\w+)", str(document))
-    assert {"GenerateRequest", "EncodeRequest", "ScoreRequest", "ErrorResponse", "StreamEvent", "Parameters"} <= set(
-        names
-    )
+    assert {
+        "GenerateRequest",
+        "EncodeRequest",
+        "ClassifyRequest",
+        "ScoreRequest",
+        "ErrorResponse",
+        "StreamEvent",
+        "Parameters",
+    } <= set(names)
     assert set(names) <= set(document["components"]["schemas"])
 
 
@@ -71,6 +77,7 @@ def test_the_documents_answers_are_of_the_documents_schemas(document: dict[str, 
     for path, schema in (
         ("/v1/generate", schemas.GenerateResponse),
         ("/v1/encode", schemas.EncodeResponse),
+        ("/v1/classify", schemas.ClassifyResponse),
         ("/v1/score", schemas.ScoreResponse),
     ):
         answer = document["paths"][path]["post"]["responses"]["200"]["content"]["application/json"]
@@ -80,7 +87,7 @@ def test_the_documents_answers_are_of_the_documents_schemas(document: dict[str, 
 
 def test_the_document_names_every_error(document: dict[str, Any]) -> None:
     """With the one shape, and no mention of the framework's own."""
-    for path in ("/v1/generate", "/v1/encode", "/v1/score"):
+    for path in ("/v1/generate", "/v1/encode", "/v1/classify", "/v1/score"):
         responses = document["paths"][path]["post"]["responses"]
         assert set(responses) == {"200", "400", "404", "413", "422", "429", "500", "503", "504"}
         for status, response in responses.items():

@@ -56,7 +56,7 @@ def claim(response: Any) -> None:
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(path=st.sampled_from(["/v1/generate", "/v1/encode", "/v1/score"]), body=BODIES)
+@given(path=st.sampled_from(["/v1/generate", "/v1/encode", "/v1/classify", "/v1/score"]), body=BODIES)
 def test_any_json_is_answered(client: TestClient, path: str, body: Any) -> None:
     """Escapes of lone surrogates, NaN, huge numbers and wrong types included."""
     claim(client.post(path, content=json.dumps(body).encode()))
