@@ -84,24 +84,25 @@ def window_attention(
     if global_tokens == 0:
         return (scores.softmax(dim=-1) @ around(value)).view(batch, heads, length, width)
 
-    positions = torch.arange(length, device=query.device)
-    first_key, first_value = key[:, :, :global_tokens], value[:, :, :global_tokens]  # (B, H, g, K)
+    positions, starts = torch.arange(length, device=query.device), torch.arange(global_tokens, device=query.device)
+    # Picked one by one, and not as slices: an exporter knows then how many there are.
+    first_query, first_key, first_value = (part.index_select(2, starts) for part in (query, key, value))  # (B, H, g, K)
     first = query @ first_key.transpose(-2, -1) / math.sqrt(width)  # (B, H, L, g)
     if bias is not None:
-        first = first + bias(positions, positions[:global_tokens])
-    exists = positions[:global_tokens] < lengths[:, None, None, None]  # (B, 1, 1, g)
-    first = first.masked_fill(~exists, -math.inf).view(batch, heads, count, reach, -1)
+        first = first + bias(positions, starts)
+    exists = starts < lengths[:, None, None, None]  # (B, 1, 1, g)
+    first = first.masked_fill(~exists, -math.inf).view(batch, heads, count, reach, global_tokens)
     weights = torch.cat([scores, first], dim=-1).softmax(dim=-1)
     near, far = weights[..., : 3 * reach], weights[..., 3 * reach :]
     local = (near @ around(value)).view(batch, heads, length, width)
-    local = local + far.reshape(batch, heads, length, -1) @ first_value
+    local = local + far.reshape(batch, heads, length, global_tokens) @ first_value
 
     everywhere, _ = attention(
-        query[:, :, :global_tokens],
+        first_query,
         key,
         value,
         valid_tokens(lengths, length)[:, None, None],
-        None if bias is None else bias(positions[:global_tokens], positions),
+        None if bias is None else bias(starts, positions),
     )  # (B, H, g, K)
     return torch.cat([everywhere, local[:, :, global_tokens:]], dim=2)
 

@@ -194,6 +194,7 @@ VARIATIONS: dict[str, dict[str, Any]] = {
         "encoder_attention": "window", "encoder_window": 8, "global_tokens": 2,
         "decoder_attention": "window", "decoder_window": 4,
     },
+    "window_wider_than_the_example": {"encoder_attention": "window", "encoder_window": 16},
     "window_without_global_tokens": {
         "encoder_attention": "window", "encoder_window": 4, "global_tokens": 0, "num_kv_heads": 1,
         "decoder_attention": "window", "decoder_window": 5, "positions": "rotary",
@@ -213,7 +214,15 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-TOGETHER = ("grouped_of_odd_width", "relative_bias", "rotary_of_few_features", "window_with_bias", "linear", "shared")
+TOGETHER = (
+    "grouped_of_odd_width",
+    "relative_bias",
+    "rotary_of_few_features",
+    "window_with_bias",
+    "window_wider_than_the_example",
+    "linear",
+    "shared",
+)
 """Each variation in one of these at least; the others, CUDA's operators and integers run with the slow tests."""
 
 
