@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -73,7 +74,7 @@ def register_evaluate(subparsers: Any) -> None:
         "(default: what the model is for)",
     )  # fmt: skip
     evaluate.add_argument(
-        "--bleu-tokenize", default="13a", metavar="NAME",
+        "--bleu-tokenize", choices=("13a", "intl", "char", "zh", "none"), default="13a",
         help="sacrebleu's tokenisation (default 13a); none for texts that are tokenised already",
     )  # fmt: skip
     evaluate.add_argument("--output", type=Path, metavar="FILE", help="write the translations, a line each")
@@ -254,6 +255,9 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             # The one place where model/ reaches for export/: an artifact is judged by what its graphs give.
             from export.artifact_decoder import ArtifactDecoder
 
+            variants = json.loads((arguments.model / "manifest.json").read_text(encoding="utf-8"))["variants"]
+            if "decoder" not in variants["cpu"]:
+                raise DataError(f"{arguments.model} has no decoder: it cannot translate")
             decoder = ArtifactDecoder(arguments.model, threads=arguments.threads)
             tokenizer = tokenizer_from_json((arguments.model / "tokenizer.json").read_text(encoding="utf-8"))
             eos_id, max_source_tokens = decoder.eos_id, decoder.manifest["max_source_tokens"]

@@ -56,6 +56,24 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     assert "Traceback" not in errors
 
 
+def test_an_encoder_alone_is_refused_as_a_translator(
+    tiny_classifier_artifact: Path, tiny_sentences: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(tiny_classifier_artifact), "--data", str(tiny_sentences)]) == 2
+    assert "no decoder" in capsys.readouterr().err
+
+
+def test_a_translator_is_refused_as_a_classifier_and_measured_by_retrieval(
+    tiny_checkpoint_file: Path, tiny_sentences: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sentences that are their own translations all find themselves."""
+    options = [str(tiny_checkpoint_file), "--data", str(tiny_sentences), "--measure"]
+    assert main(["evaluate", *options, "accuracy"]) == 2
+    assert "no classifier" in capsys.readouterr().err
+    assert main(["evaluate", *options, "retrieval"]) == 0
+    assert capsys.readouterr().out == "retrieval 100.00 % among 500 translations\n"
+
+
 def test_a_directory_that_is_no_artifact_is_refused(
     tmp_path: Path, tiny_sentences: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
