@@ -24,10 +24,10 @@ from export.ops import (
     split_rows,
 )
 from export.profile import Profile
-from export.scorer_graph import rotate_heads
 from export.spread import Activations, encoder_residuals, memory_of, read_by
 from export.sublayers import FeedForwardGraph, ResidualStream
 from model.attention import Positions, SelfAttention
+from model.positions import rotate_heads
 from model.transformer import StackPositions, Transformer
 
 

@@ -24,7 +24,7 @@ from export.ops import (
 from export.profile import Profile
 from export.spread import Activations
 from model.attention import CrossAttention, SelfAttention, valid_tokens
-from model.positions import rotate
+from model.positions import rotate_heads
 from model.transformer import StackPositions, Transformer
 
 
@@ -97,12 +97,6 @@ class SourceAttentionGraph(nn.Module):
             attended = masked_attention(query, key, value, lengths, self.heads)
         y: Tensor = self.output(bounded(attended, self.bound))
         return y
-
-
-def rotate_heads(x: Tensor, width: int, cosines: Tensor, sines: Tensor) -> Tensor:
-    """x (..., L, heads * K) rotated by angles (L, K / 2), head by head."""
-    heads = x.reshape(*x.shape[:-1], x.shape[-1] // width, width)
-    return rotate(heads, cosines[:, None], sines[:, None]).flatten(-2)
 
 
 def _side_by_side(heads: Tensor) -> Tensor:

@@ -39,6 +39,12 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.cat([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
 
 
+def rotate_heads(x: Tensor, width: int, cosines: Tensor, sines: Tensor) -> Tensor:
+    """x (..., L, heads * K) rotated by angles (L, K / 2), head by head."""
+    heads = x.reshape(*x.shape[:-1], x.shape[-1] // width, width)
+    return rotate(heads, cosines[:, None], sines[:, None]).flatten(-2)
+
+
 class RelativeBias(nn.Module):
     """A learnt number for each head and each bucket of distances, added to the scores: Raffel et al. (2020), 2.1.
 
