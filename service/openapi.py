@@ -48,7 +48,7 @@ _ERRORS: dict[int, tuple[str, str, str]] = {
     504: ("The request's time ran out while it waited in line.", "deadline_exceeded", "the time ran out in line"),
 }
 
-REQUEST_EXAMPLES: dict[str, dict[str, Any]] = {
+_EXAMPLES: dict[str, dict[str, Any]] = {
     "generate": {
         "one text": {"inputs": "Where is the train station?"},
         "several texts": {"inputs": ["Good morning!", "It is raining."], "parameters": {"return_scores": True}},
@@ -134,7 +134,7 @@ def operation(name: str, summary: str, request: type[BaseModel], response: type[
                 "content": {
                     "application/json": {
                         "schema": {"$ref": _REFERENCE.format(model=request.__name__)},
-                        "examples": {title: {"value": value} for title, value in REQUEST_EXAMPLES[name].items()},
+                        "examples": {title: {"value": value} for title, value in _EXAMPLES[name].items()},
                     }
                 },
             }

@@ -218,6 +218,7 @@ def fake_model(engine: FakeEngine | None = None, **settings: Any) -> ServedModel
     manifest = SimpleNamespace(
         version="1", description="echo", languages={}, license="none", training_data="none", created="2026-11-23",
         max_source_tokens=64, max_target_tokens=48, embedding_size=4, vocab_size=259, parity={},
+        labels=["a", "b", "c", "d"],
     )  # fmt: skip
     artifact: Any = SimpleNamespace(name="echo", manifest=manifest)
     tokenizer: Any = ByteTokenizer()

@@ -65,7 +65,7 @@ def test_every_reference_in_the_document_resolves(document: dict[str, Any]) -> N
 
 def test_the_documents_examples_are_valid(client: TestClient, document: dict[str, Any]) -> None:
     """Each is a request that this server answers with 200."""
-    for path in ("/v1/generate", "/v1/encode", "/v1/score"):
+    for path in ("/v1/generate", "/v1/encode", "/v1/classify", "/v1/score"):
         examples = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["examples"]
         assert len(examples) >= 2
         for example in examples.values():

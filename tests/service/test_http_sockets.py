@@ -83,6 +83,7 @@ SAMPLES = {"do_sample": True, "num_return_sequences": 5}
         ("/v1/generate", {"parameters": BEAMS}),
         ("/v1/generate", {"parameters": SAMPLES}),
         ("/v1/encode", {}),
+        ("/v1/classify", {}),
         ("/v1/score", {"targets": ["b"] * 3}),
     ],
 )
