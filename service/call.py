@@ -9,13 +9,16 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from service.errors import RequestError
-from service.sequence import Event, Sequence, Token
+from service.sequence import Encoded, Event, Failed, Scored, Sequence, Token
+
+Answer = TypeVar("Answer", Encoded, Scored)
+Taken = TypeVar("Taken")
 
 
 class SubmitsSequences(Protocol):
@@ -102,6 +105,20 @@ class Call:
         self._wake.clear()
         events, self._arrived = self._arrived, []
         return events
+
+    async def answers(self, kind: type[Answer], take: Callable[[Answer], Taken]) -> dict[int, Taken]:
+        """What `take` makes of each sequence's answer, by the index of its input; EngineRefusal if one failed.
+
+        It is called as they come, so that of a large answer only what is wanted waits for the last.
+        """
+        found: dict[int, Taken] = {}
+        while self.open:
+            for index, event in await self.events():
+                if isinstance(event, Failed):
+                    raise EngineRefusal(event.error)
+                if isinstance(event, kind):
+                    found[index] = take(event)
+        return found
 
     def close(self) -> None:
         """Cancel what has not ended; harmless when all has."""

@@ -7,11 +7,11 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service.call import Call, EngineRefusal, Mailbox
+from service.call import Call, Mailbox
 from service.errors import TooLarge
 from service.request_id import make_request_id
 from service.schemas import EncodeRequest
-from service.sequence import Encoded, Failed, Floats, Sequence
+from service.sequence import Encoded, Floats, Sequence
 from service.served_model import ServedModel
 from service.vectors import as_base64, normalized, pool
 
@@ -37,7 +37,7 @@ async def encode(model: ServedModel, mailbox: Mailbox, asked: EncodeRequest, req
             for index, ids in sources.items()
         }
         call.submit(sequences, request.receive)
-        vectors = await _all_encoded(call, asked)
+        vectors = await call.answers(Encoded, lambda answer: _vectors(answer.memory, asked))
     body = {
         "id": f"enc-{make_request_id()}",
         "model": model.artifact.name,
@@ -51,16 +51,9 @@ async def encode(model: ServedModel, mailbox: Mailbox, asked: EncodeRequest, req
     return Response(content, media_type="application/json")
 
 
-async def _all_encoded(call: Call, asked: EncodeRequest) -> dict[int, Floats]:
-    vectors: dict[int, Floats] = {}
-    while call.open:
-        for index, event in await call.events():
-            if isinstance(event, Failed):
-                raise EngineRefusal(event.error)
-            if isinstance(event, Encoded):
-                pooled = pool(event.memory, asked.pooling)
-                vectors[index] = normalized(pooled) if asked.normalize else pooled
-    return vectors
+def _vectors(memory: Floats, asked: EncodeRequest) -> Floats:
+    pooled = pool(memory, asked.pooling)
+    return normalized(pooled) if asked.normalize else pooled
 
 
 def _rendered(body: Mapping[str, object], vectors: list[Floats], asked: EncodeRequest) -> bytes:

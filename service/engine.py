@@ -237,9 +237,11 @@ class Engine:
             raise TooLarge(f"the source has {length} tokens, the model takes {manifest.max_source_tokens}")
         self._check_ids("source", sequence.source_ids)
         if sequence.kind in ("generate", "score") and not manifest.generates:
-            raise ValidationFailed(NO_DECODER)
+            raise ValidationFailed(_NO_DECODER)
         if sequence.kind == "classify" and not manifest.labels:
-            raise ValidationFailed("this model has no labels: it is no classifier")
+            raise ValidationFailed(
+                "this model has no labels: it is no classifier, as the loss classification of transduce train makes one"
+            )
         if sequence.parameters is not None:
             self._check_parameters(sequence.parameters)
         if not self._scores and sequence.target_ids is not None:
@@ -273,7 +275,7 @@ class Engine:
             raise ValidationFailed(f"{what} ids have to be from 0 to {size - 1}, one at least")
 
 
-NO_DECODER = "this model has no decoder: it encodes texts and writes none"
+_NO_DECODER = "this model has no decoder: it encodes texts and writes none"
 
 _CANNOT = (
     "this model gives no {}: its artifact was exported without a scorer; whoever runs it can export it again with "

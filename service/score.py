@@ -9,10 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from service import answer
-from service.call import Call, EngineRefusal, Mailbox
+from service.call import Call, Mailbox
 from service.request_id import make_request_id
 from service.schemas import ScoreRequest
-from service.sequence import Failed, Scored, Sequence
+from service.sequence import Scored, Sequence
 from service.served_model import ServedModel
 
 _INLINE_TOKENS = 2000
@@ -31,7 +31,7 @@ async def score(model: ServedModel, mailbox: Mailbox, asked: ScoreRequest, reque
             for index, ids in sources.items()
         }
         call.submit(sequences, request.receive)
-        scored = await _all_scored(call)
+        scored = await call.answers(Scored, lambda answer: answer.log_probabilities)
     target_tokens = sum(map(len, targets.values()))
     outputs = partial(_outputs, model, asked, targets, scored)
     body = {
@@ -43,24 +43,13 @@ async def score(model: ServedModel, mailbox: Mailbox, asked: ScoreRequest, reque
     return Response(orjson.dumps(body), media_type="application/json")
 
 
-async def _all_scored(call: Call) -> dict[int, Scored]:
-    scored: dict[int, Scored] = {}
-    while call.open:
-        for index, event in await call.events():
-            if isinstance(event, Failed):
-                raise EngineRefusal(event.error)
-            if isinstance(event, Scored):
-                scored[index] = event
-    return scored
-
-
 def _outputs(
-    model: ServedModel, asked: ScoreRequest, targets: dict[int, list[int]], scored: dict[int, Scored]
+    model: ServedModel, asked: ScoreRequest, targets: dict[int, list[int]], scored: dict[int, list[float]]
 ) -> list[orjson.Fragment]:
     """The outputs in order, as JSON."""
     outputs = []
     for index, ids in targets.items():
-        log_probabilities = scored[index].log_probabilities
+        log_probabilities = scored[index]
         output: dict[str, Any] = {"score": answer.score(log_probabilities)}
         if asked.return_tokens:
             output["tokens"] = answer.tokens(model.tokenizer, ids, log_probabilities)
