@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -32,13 +33,12 @@ class Objective(nn.Module):
         self.model = model
         self.config = config
         self.loss = _LOSSES.get(config.loss) or _imported(config.loss)
-        # In a tuple it is no part of this module: its weights are neither trained nor synchronised.
-        self.teacher = () if teacher is None else (teacher.requires_grad_(False).eval(),)
+        if teacher is not None:
+            # Bound to the function, and no part of this module: its weights are neither trained nor synchronised.
+            self.loss = partial(translation_loss, teacher=teacher.requires_grad_(False).eval())
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss summed over the batch's target tokens, ()."""
-        if self.config.loss == "translation" and self.teacher:
-            return translation_loss(self.model, batch, self.config, self.teacher[0])
         return self.loss(self.model, batch, self.config)
 
 

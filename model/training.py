@@ -225,12 +225,16 @@ class Trainer:
         draw_curves(self.directory / "log.jsonl", self.directory / "curves.png")
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Continue a run of which `checkpoint` is the last.pt. The log is cut back to that step."""
+        """Continue a run of which `checkpoint` is the last.pt. The log is cut back to that step. Raises
+        ConfigurationError.
+        """
         state = checkpoint.training_state
         if state is None:
-            raise ValueError("this checkpoint holds no training state: continue from the run's last.pt")
+            raise ConfigurationError("this checkpoint holds no training state: continue from the run's last.pt")
+        if state["progress"].keys() != vars(self.progress).keys():
+            raise ConfigurationError("the run was begun by another version of transduce: continue it with that one")
         if len(state["random_states"]) != self.world:
-            raise ValueError(
+            raise ConfigurationError(
                 f"the run had {len(state['random_states'])} processes: continue it with as many, not {self.world}"
             )
         self.model.load_state_dict(state["weights"])

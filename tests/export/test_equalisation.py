@@ -78,7 +78,7 @@ def test_norms_before_a_sublayer_are_left_with_nothing_of_their_own() -> None:
 def test_a_feature_of_no_size_stays_a_number() -> None:
     """Values that are always zero are as good as any."""
     model = uneven_model(pre_norm=True).double()
-    attention = model.encoder[0].self_attention  # type: ignore[union-attr]  # a layer
+    attention = model.encoder_stack[0].self_attention
     assert isinstance(attention, MultiHeadAttention)
     with torch.no_grad():
         attention.value.weight[:3] = 0

@@ -32,7 +32,7 @@ def test_a_layer_behind_a_norm_spreads_as_its_weights_say() -> None:
 def test_no_embedded_token_goes_beyond_its_bound() -> None:
     """From four deviations on, at any position."""
     model = tiny.tiny_checkpoint(**ODD).transformer()
-    embedding, layer = model.target_embedding, model.decoder[0].self_attention.key  # type: ignore[union-attr]  # a layer
+    embedding, layer = model.target_embedding, model.decoder_stack[0].self_attention.key
     with torch.no_grad():
         tokens, positions = embedding.tokens.weight * embedding.scale, embedding.positions
         outputs = layer(tokens[:, None, :] + positions)  # type: ignore[operator]  # a module; every token at every position
@@ -51,7 +51,7 @@ def test_sublayers_read_what_stands_before_them(pre_norm: bool) -> None:
     assert [one.norm if isinstance(one, Normalised) else None for one in reads] == expected
     memory = memory_of(model)
     assert isinstance(memory, Normalised)
-    last = model.encoder[-1].feed_forward_residual.norm  # type: ignore[union-attr]  # a layer
+    last = model.encoder_stack[-1].feed_forward_residual.norm
     assert memory.norm is (model.encoder_norm if pre_norm else last)
 
 
