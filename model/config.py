@@ -300,6 +300,9 @@ class TrainingConfig:
     """Share of the training pairs whose source is lower-cased."""
     unpunctuated_share: float = 0.0
     """Share of the training pairs whose source loses its final punctuation (half of these all of its punctuation)."""
+    bpe_dropout: float = 0.0
+    """Chance that a merge is left out each time a training text is cut into tokens (Provilkov et al., 2020): words in
+    ever other pieces, which keeps a small corpus from being learnt by heart."""
     join_share: float = 0.0
     """Share of the training pairs that are joined with others to a paragraph of two to `join_most` sentences."""
     join_most: int = 8
@@ -311,7 +314,9 @@ class TrainingConfig:
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("warmup_steps", "cooldown_steps", "max_epochs", "patience"):
             _check(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
-        for name in ("lowercase_share", "unpunctuated_share", "join_share", "label_smoothing", "ema_decay"):
+        for name in (
+            "lowercase_share", "unpunctuated_share", "join_share", "label_smoothing", "ema_decay", "bpe_dropout"
+        ):  # fmt: skip
             _check(0.0 <= getattr(self, name) < 1.0, name, "at least 0 and below 1", getattr(self, name))
         for name in ("learning_rate", "contrastive_temperature", "distillation_temperature"):
             _check(getattr(self, name) > 0, name, "above 0", getattr(self, name))

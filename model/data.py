@@ -12,18 +12,17 @@ import mmap
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from model.config import TrainingConfig, TransformerConfig
-from model.tokenizer import encode_texts
+from model.tokenizer import Segment
 
 
 class DataError(ValueError):
@@ -210,7 +209,7 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation.replace("'", "").repl
 
 
 def epoch_batches(
-    corpus: Corpus, tokenizer: Tokenizer, model: TransformerConfig, config: TrainingConfig, epoch: int, bad: BadRows
+    corpus: Corpus, segment: Segment, model: TransformerConfig, config: TrainingConfig, epoch: int, bad: BadRows
 ) -> Iterator[Batch]:
     """All pairs once, in batches of similar length and an order that (seed, epoch) fixes. Longer rows are left out."""
     rng = np.random.default_rng([config.seed, epoch])
@@ -219,7 +218,7 @@ def epoch_batches(
         pool = [corpus[index] for index in order[start : start + config.pool_pairs]]
         sources, targets = zip(*_augment(pool, config, rng), strict=True)
         rows: list[tuple[list[int], list[int]]] = []
-        for source, target in zip(encode_texts(tokenizer, sources), _targets(targets, tokenizer, model), strict=True):
+        for source, target in zip(segment(sources, rng), _targets(targets, segment, model, rng), strict=True):
             if len(source) + 1 > model.max_source_tokens or len(target) > model.max_target_tokens:
                 bad.add("longer than the model's limits", f"epoch {epoch}")
             else:
@@ -232,12 +231,14 @@ def epoch_batches(
             yield _batch(groups[index], model)
 
 
-def _targets(texts: Iterable[str], tokenizer: Tokenizer, model: TransformerConfig) -> Iterator[list[int]]:
+def _targets(
+    texts: Sequence[str], segment: Segment, model: TransformerConfig, rng: np.random.Generator
+) -> Iterator[list[int]]:
     """Token ids with the end token, or the number of a label where the model has labels."""
     if model.labels:
         numbers = {label: number for number, label in enumerate(model.labels)}
         return ([numbers[text]] for text in texts)
-    return ([*ids, model.eos_id] for ids in encode_texts(tokenizer, texts))
+    return ([*ids, model.eos_id] for ids in segment(texts, rng))
 
 
 def _cut(rows: list[tuple[list[int], list[int]]], budget: int) -> Iterator[list[tuple[list[int], list[int]]]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import ConfigurationError, TrainingConfig
+from model.cross_entropy import projected_cross_entropy
 from model.data import Batch
 from model.transformer import Transformer, mean_over_tokens
 
@@ -49,14 +50,15 @@ def translation_loss(
     of translations alike.
     """
     memory = model.encode(batch.source_ids, batch.source_lengths)  # (B, S, D)
-    logits = model.decode(batch.target_inputs, memory, batch.source_lengths)  # (B, T, V)
-    pad_id = model.config.pad_id
-    loss = sequence_loss(logits, batch.target_outputs, pad_id, config.label_smoothing)
+    states = model.decoder_states(batch.target_inputs, memory, batch.source_lengths)  # (B, T, D)
+    valid = batch.target_outputs != model.config.pad_id  # (B, T)
+    states, targets = states[valid], batch.target_outputs[valid]  # (N, D), (N,)
+    loss = projected_cross_entropy(states, model.output_projection.weight, targets, config.label_smoothing)
     if teacher is not None:
         with torch.no_grad():
-            told = teacher(batch.source_ids, batch.source_lengths, batch.target_inputs)  # (B, T, V)
+            told = teacher(batch.source_ids, batch.source_lengths, batch.target_inputs)[valid]  # (N, V)
         weight = config.distillation_weight
-        distilled = distillation_loss(logits, told, batch.target_outputs != pad_id, config.distillation_temperature)
+        distilled = distillation_loss(model.output_projection(states), told, config.distillation_temperature)
         loss = (1 - weight) * loss + weight * distilled
     if config.contrastive_weight:
         loss = loss + config.contrastive_weight * _of_translations(model, batch, config, memory)
@@ -99,27 +101,15 @@ def _imported(path: str) -> Loss:
     return found
 
 
-def sequence_loss(logits: Tensor, targets: Tensor, pad_id: int, label_smoothing: float) -> Tensor:
-    """Cross-entropy summed over the tokens that are not padding: logits (B, T, V), targets (B, T) -> ()."""
-    return functional.cross_entropy(
-        logits.flatten(0, 1).float(),
-        targets.flatten(),
-        ignore_index=pad_id,
-        label_smoothing=label_smoothing,
-        reduction="sum",
-    )
+def distillation_loss(logits: Tensor, told: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of the student's distribution from the teacher's, summed over the words, times
+    temperature^2: Hinton et al. (2015), section 2; Kim and Rush (2016), section 3.1.
 
-
-def distillation_loss(logits: Tensor, told: Tensor, valid: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of the student's distribution from the teacher's, word by word, summed over the valid
-    places, times temperature^2: Hinton et al. (2015), section 2; Kim and Rush (2016), section 3.1.
-
-    logits and told (B, T, V), valid (B, T) -> ().
+    logits and told (N, V) -> ().
     """
     ours = (logits.float() / temperature).log_softmax(dim=-1)
     theirs = (told.float() / temperature).log_softmax(dim=-1)
-    divergence = functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(dim=-1)  # (B, T)
-    return (divergence * valid).sum() * temperature**2
+    return functional.kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
 
 
 def info_nce(ours: Tensor, theirs: Tensor, same: Tensor, temperature: float) -> Tensor:

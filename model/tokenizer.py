@@ -6,8 +6,13 @@ that mean something to the model are never the result of encoding a text, even o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import TypeAlias
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
@@ -45,3 +50,60 @@ def encode_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[list[in
     clean = [text.translate(_SURROGATES) for text in texts]
     for encoding in tokenizer.encode_batch_fast(clean, add_special_tokens=False):
         yield encoding.ids
+
+
+Segment: TypeAlias = Callable[[Sequence[str], np.random.Generator], Iterable[list[int]]]
+"""Token ids of each text, as training draws them."""
+
+
+def segmenter(tokenizer: Tokenizer, bpe_dropout: float, seed: int) -> Segment:
+    """How training cuts texts into tokens: as serving does, or at random by BPE-dropout."""
+    if bpe_dropout:
+        return BpeDropout(tokenizer, bpe_dropout, seed)
+    return lambda texts, rng: encode_texts(tokenizer, texts)
+
+
+class BpeDropout:
+    """Texts in tokens at random: each time a word's next merge is looked for, each possible one is left out with this
+    probability. Provilkov et al. (2020), "BPE-Dropout", algorithm 1.
+
+    The library's own dropout draws from a generator that cannot be seeded, and a run is decided by its seed. A word's
+    cuts are drawn once, so many as there are variants, and each occurrence takes one of them.
+    """
+
+    VARIANTS = 32
+
+    def __init__(self, tokenizer: Tokenizer, probability: float, seed: int) -> None:
+        model = json.loads(tokenizer.to_str())["model"]
+        self._ids: dict[str, int] = model["vocab"]
+        self._ranks = {(left, right): rank for rank, (left, right) in enumerate(model["merges"])}
+        self._words = tokenizer.pre_tokenizer
+        self._probability = probability
+        self._seed = seed
+        self._variants: dict[str, list[list[int]]] = {}
+
+    def __call__(self, texts: Sequence[str], rng: np.random.Generator) -> Iterator[list[int]]:
+        """Token ids of each text, without start or end token."""
+        for text in texts:
+            words = [word for word, _ in self._words.pre_tokenize_str(text.translate(_SURROGATES))]
+            draws = rng.integers(self.VARIANTS, size=len(words)).tolist()
+            yield [one for word, n in zip(words, draws, strict=True) for one in self._variants_of(word)[n]]
+
+    def _variants_of(self, word: str) -> list[list[int]]:
+        if word not in self._variants:
+            own = random.Random(f"{self._seed} {word}")  # the same whenever the word is met first
+            self._variants[word] = [self._cut(word, own) for _ in range(self.VARIANTS)]
+        return self._variants[word]
+
+    def _cut(self, word: str, rng: random.Random) -> list[int]:
+        symbols = list(word)
+        while True:
+            left_over = [
+                (self._ranks[pair], place)
+                for place, pair in enumerate(pairwise(symbols))
+                if pair in self._ranks and rng.random() >= self._probability
+            ]
+            if not left_over:
+                return [self._ids[symbol] for symbol in symbols]
+            _, place = min(left_over)
+            symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]

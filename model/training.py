@@ -29,6 +29,7 @@ from model.data import BadRows, Batch, Corpus, epoch_batches
 from model.evaluation import validate
 from model.objectives import Objective
 from model.optimizer import MovingAverage, build_optimizers, rate_factor, set_rate
+from model.tokenizer import segmenter
 from model.transformer import Transformer
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Trainer:
         """`start`: the weights to begin with. Raises ConfigurationError."""
         self.recipe, self.corpus, self.tokenizer, self.validation = recipe, corpus, tokenizer, validation
         self.directory, self.metadata, self.device = directory, metadata, device
+        self.segment = segmenter(tokenizer, recipe.training.bpe_dropout, recipe.training.seed)
         self.world = distributed.get_world_size() if distributed.is_initialized() else 1
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         torch.manual_seed(recipe.training.seed)
@@ -129,7 +131,7 @@ class Trainer:
     def _groups(self) -> Iterator[Batch]:
         """This process's batch of each group of `world`, from where the epoch was left. An incomplete one is lost."""
         batches = epoch_batches(
-            self.corpus, self.tokenizer, self.recipe.model, self.recipe.training, self.progress.epoch, self.bad_rows
+            self.corpus, self.segment, self.recipe.model, self.recipe.training, self.progress.epoch, self.bad_rows
         )
         skip = self.progress.batch * self.world
         group: list[Batch] = []

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from model.config import TrainingConfig, TransformerConfig
 from model.data import BadRows, Corpus, DataError, _augment, epoch_batches, normalise_source, read_pairs, split_of
-from model.tokenizer import train_tokenizer
+from model.tokenizer import Segment, segmenter, train_tokenizer
 
 PAIRS = [
     (f"the number {i} and {'so on ' * (i % 7)}end.", f"die Zahl {i} und {'so weiter ' * (i % 5)}Ende.")
@@ -96,7 +96,9 @@ def rows_of(batches: list, tokenizer: Tokenizer) -> list[tuple[str, str]]:
 
 def test_an_epoch_gives_every_pair_once_within_the_budget(corpus: Corpus, tokenizer: Tokenizer) -> None:
     config = TrainingConfig(batch_tokens=200, pool_pairs=64)
-    batches = list(epoch_batches(corpus, tokenizer, TransformerConfig(vocab_size=300), config, 0, BadRows()))
+    batches = list(
+        epoch_batches(corpus, segmenter(tokenizer, 0.0, 1), TransformerConfig(vocab_size=300), config, 0, BadRows())
+    )
     assert sorted(rows_of(batches, tokenizer)) == sorted(PAIRS)
     assert all(batch.source_ids.numel() <= 200 and batch.target_inputs.numel() <= 200 for batch in batches)
     for batch in batches:
@@ -113,7 +115,11 @@ def test_an_epoch_is_decided_by_its_seed_and_number(corpus: Corpus, tokenizer: T
     def epoch(seed: int, number: int) -> list[tuple[str, str]]:
         config = TrainingConfig(batch_tokens=200, seed=seed, join_share=0.3, lowercase_share=0.2)
         return rows_of(
-            list(epoch_batches(corpus, tokenizer, TransformerConfig(vocab_size=300), config, number, BadRows())),
+            list(
+                epoch_batches(
+                    corpus, segmenter(tokenizer, 0.0, 1), TransformerConfig(vocab_size=300), config, number, BadRows()
+                )
+            ),
             tokenizer,
         )
 
@@ -122,10 +128,31 @@ def test_an_epoch_is_decided_by_its_seed_and_number(corpus: Corpus, tokenizer: T
     assert epoch(1, 0) != epoch(2, 0)
 
 
+def test_with_bpe_dropout_an_epoch_has_the_same_texts_in_other_tokens(corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """Decided by the seed and the epoch's number, whatever was cut before: a run that is continued has no memory."""
+    config, model = TrainingConfig(batch_tokens=200), TransformerConfig(vocab_size=300)
+
+    def epoch(segment: Segment, number: int) -> list[list[int]]:
+        return [
+            ids
+            for b in epoch_batches(corpus, segment, model, config, number, BadRows())
+            for ids in b.source_ids.tolist()
+        ]
+
+    fresh, used = segmenter(tokenizer, 0.3, 1), segmenter(tokenizer, 0.3, 1)
+    first, second = epoch(used, 0), epoch(used, 1)
+    assert epoch(fresh, 1) == second
+    assert (
+        sorted(tokenizer.decode_batch(first)) == sorted(tokenizer.decode_batch(second)) == sorted(s for s, _ in PAIRS)
+    )
+    assert sum(map(len, first)) != sum(map(len, second))
+    assert epoch(segmenter(tokenizer, 0.3, 2), 1) != second
+
+
 def test_rows_beyond_the_models_limits_are_left_out_and_counted(corpus: Corpus, tokenizer: Tokenizer) -> None:
     bad = BadRows()
     model = TransformerConfig(vocab_size=300, max_source_tokens=16)
-    batches = list(epoch_batches(corpus, tokenizer, model, TrainingConfig(), 0, bad))
+    batches = list(epoch_batches(corpus, segmenter(tokenizer, 0.0, 1), model, TrainingConfig(), 0, bad))
     rows = rows_of(batches, tokenizer)
     assert 0 < len(rows) < len(PAIRS)
     assert bad.counts["longer than the model's limits"] == len(PAIRS) - len(rows)

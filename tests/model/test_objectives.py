@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from model.checkpoint import Checkpoint
 from model.config import ConfigurationError, Recipe, TrainingConfig, TransformerConfig
@@ -21,7 +22,6 @@ from model.objectives import (
     contrastive_loss,
     distillation_loss,
     info_nce,
-    sequence_loss,
     translation_loss,
 )
 from model.transformer import Transformer
@@ -82,19 +82,42 @@ def test_the_contrastive_loss_is_that_of_the_vectors_that_encode_gives() -> None
 
 
 def test_distillation_by_hand() -> None:
-    """Teacher 3/4, 1/4, student even: 3/4 log(3/2) + 1/4 log(1/2); an invalid place counts for nothing."""
-    told = torch.tensor([[[math.log(3.0), 0.0], [9.0, 0.0]]])
-    loss = distillation_loss(torch.zeros(1, 2, 2), told, torch.tensor([[True, False]]), 1.0)
+    """Teacher 3/4, 1/4, student even: 3/4 log(3/2) + 1/4 log(1/2)."""
+    loss = distillation_loss(torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]]), 1.0)
     assert float(loss) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
 
 
 def test_distillation_at_a_temperature_has_hintons_gradient() -> None:
     """T^2 times the divergence of softened distributions: its gradient is T * (softmax(z / T) - softmax(v / T))."""
-    logits, told = torch.randn(1, 1, 5, requires_grad=True), torch.randn(1, 1, 5)
-    distillation_loss(logits, told, torch.ones(1, 1, dtype=torch.bool), 4.0).backward()
+    logits, told = torch.randn(1, 5, requires_grad=True), torch.randn(1, 5)
+    distillation_loss(logits, told, 4.0).backward()
     assert logits.grad is not None
     expected = 4.0 * ((logits.detach() / 4).softmax(-1) - (told / 4).softmax(-1))
     torch.testing.assert_close(logits.grad, expected)
+
+
+def test_translation_is_the_cross_entropy_of_each_row_alone() -> None:
+    """Padding of sources and of targets counts for nothing."""
+    net = model().eval()
+    config = TrainingConfig(label_smoothing=0.1)
+    expected = torch.tensor(0.0)
+    for source, target in (([5, 6, 2], [15, 2]), ([7, 2], [16, 17, 18, 2]), ([8, 9, 10, 2], [19, 20, 2])):
+        row = batch([source], [target])
+        logits = net(row.source_ids, row.source_lengths, row.target_inputs)[0]
+        expected = expected + cross_entropy(logits, row.target_outputs[0], label_smoothing=0.1, reduction="sum")
+    torch.testing.assert_close(translation_loss(net, PAIRS, config), expected)
+
+
+def test_distillation_reads_the_teacher_at_the_students_own_places() -> None:
+    """Of each row the divergence at its target's tokens, and nothing of padding."""
+    net, teacher = model().eval(), model(encoder_layers=2).eval()
+    config = TrainingConfig(distillation_weight=1.0, distillation_temperature=2.0)
+    expected = torch.tensor(0.0)
+    for row in range(3):
+        rows = PAIRS.source_ids[row : row + 1], PAIRS.source_lengths[row : row + 1], PAIRS.target_inputs[row : row + 1]
+        length = int((PAIRS.target_outputs[row] != 0).sum())
+        expected = expected + distillation_loss(net(*rows)[0, :length], teacher(*rows)[0, :length], 2.0)
+    torch.testing.assert_close(translation_loss(net, PAIRS, config, teacher), expected)
 
 
 def test_a_student_of_its_own_weights_has_nothing_to_learn_from_its_teacher() -> None:
@@ -260,10 +283,3 @@ def test_a_loss_of_ones_own_is_imported_and_minimised(
     arguments = ["--recipe", f"{tmp_path}/own.toml", "--data", f"{tmp_path}/own.tsv", "--holdout", "0.1"]
     assert main(["train", *arguments, "--output", f"{tmp_path}/x", "--set", "training.loss='my_losses:none'"]) == 2
     assert "my_losses:none cannot be imported" in capsys.readouterr().err
-
-
-def test_sequence_loss_ignores_padding() -> None:
-    """Two rows of different lengths: the sum over their tokens, each by itself."""
-    logits, targets = torch.randn(2, 3, 7), torch.tensor([[3, 4, 0], [5, 2, 6]])
-    alone = [sequence_loss(logits[r : r + 1, :n], targets[r : r + 1, :n], 0, 0.1) for r, n in ((0, 2), (1, 3))]
-    torch.testing.assert_close(sequence_loss(logits, targets, 0, 0.1), alone[0] + alone[1])

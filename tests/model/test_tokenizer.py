@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from model.tokenizer import SPECIAL_TOKENS, encode_texts, tokenizer_from_json, train_tokenizer
+from model.tokenizer import SPECIAL_TOKENS, BpeDropout, encode_texts, tokenizer_from_json, train_tokenizer
 
 CORPUS = ["Where is the train station?", "Wo ist der Bahnhof?", "the cat sat on the mat", "naïve café Straße"] * 20
 
@@ -53,3 +54,30 @@ def test_hard_texts_come_back_without_special_tokens(tokenizer: Tokenizer, text:
 def test_lone_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> None:
     (ids,) = encode_texts(tokenizer, ["a\ud800b"])
     assert tokenizer.decode(ids) == "a\ufffdb"
+
+
+def test_bpe_dropout_of_nothing_is_the_tokenizer_itself(tokenizer: Tokenizer) -> None:
+    """The merges by rank that the library does, on texts it learnt from and others."""
+    texts = [*CORPUS[:4], "Where café sat", "Zug  und\tBahn!", "\x00é", "der Straße", ""]
+    assert list(BpeDropout(tokenizer, 0.0, 1)(texts, np.random.default_rng(0))) == list(encode_texts(tokenizer, texts))
+
+
+def test_bpe_dropout_of_all_but_everything_is_bytes(tokenizer: Tokenizer) -> None:
+    (ids,) = BpeDropout(tokenizer, 1 - 1e-12, 1)(["the Straße"], np.random.default_rng(0))
+    assert len(ids) == len("the Straße".encode())
+
+
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
+def test_bpe_dropout_keeps_the_text(tokenizer: Tokenizer, text: str) -> None:
+    (ids,) = BpeDropout(tokenizer, 0.5, 1)([text], np.random.default_rng(0))
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+
+
+def test_bpe_dropout_leaves_out_its_share_of_merges(tokenizer: Tokenizer) -> None:
+    """ "at" is one merge, so with a probability of 0.25 a quarter of its occurrences are two tokens, the rest one."""
+    assert len(next(encode_texts(tokenizer, ["at"]))) == 1
+    counts = []
+    for seed in range(40):  # each draws its own variants
+        counts += [len(ids) for ids in BpeDropout(tokenizer, 0.25, seed)(["at"] * 50, np.random.default_rng(seed))]
+    assert counts.count(2) / len(counts) == pytest.approx(0.25, abs=0.05)
+    assert counts.count(1) + counts.count(2) == len(counts)

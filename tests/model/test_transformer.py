@@ -9,7 +9,6 @@ import torch
 
 from model.attention import CrossAttention, Positions, attention
 from model.config import TransformerConfig
-from model.objectives import sequence_loss
 from model.positions import sinusoidal_positions
 from model.transformer import Dropout, Transformer, new_norm
 
@@ -205,15 +204,6 @@ def test_shared_embeddings_are_one_matrix() -> None:
         is shared.target_embedding.tokens.weight
     )
     assert separate.num_parameters() - shared.num_parameters() == 2 * 50 * 16
-
-
-def test_loss_ignores_padding() -> None:
-    """The sum over two rows of different length is the sum of the rows alone."""
-    logits = torch.randn(2, 4, 50)
-    targets = torch.tensor([[5, 6, 7, 2], [8, 2, 0, 0]])
-    both = sequence_loss(logits, targets, pad_id=0, label_smoothing=0.1)
-    alone = sequence_loss(logits[:1], targets[:1], 0, 0.1) + sequence_loss(logits[1:, :2], targets[1:, :2], 0, 0.1)
-    torch.testing.assert_close(both, alone)
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:

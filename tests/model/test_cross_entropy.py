@@ -1,0 +1,51 @@
+"""The loss in blocks against torch's cross-entropy of all logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from model.cross_entropy import projected_cross_entropy
+
+
+def states_weight_targets(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    states, weight = torch.randn(rows, 12, dtype=dtype), torch.randn(40, 12, dtype=dtype)
+    return states.requires_grad_(), weight.requires_grad_(), torch.randint(0, 40, (rows,))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [1, 256, 700])
+def test_loss_and_gradients_are_those_of_all_logits_at_once(rows: int, smoothing: float) -> None:
+    """For one row, a full block and several with a rest."""
+    states, weight, targets = states_weight_targets(rows, torch.float32)
+    expected = cross_entropy(linear(states, weight), targets, label_smoothing=smoothing, reduction="sum")
+    gradients = torch.autograd.grad(expected / 7, (states, weight))
+    loss = projected_cross_entropy(states, weight, targets, smoothing)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss / 7, (states, weight)), gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_no_row_is_no_loss() -> None:
+    """A batch of nothing but padding, should one come up."""
+    states, weight, targets = states_weight_targets(0, torch.float32)
+    loss = projected_cross_entropy(states, weight, targets, 0.1)
+    loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+    assert float(loss.detach()) == 0.0
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_under_autocast_products_are_bf16_and_sums_are_not() -> None:
+    """Gradients as close as bf16 allows; the loss of 700 rows is not rounded to bf16's two digits."""
+    states, weight, targets = states_weight_targets(700, torch.float32)
+    expected = cross_entropy(linear(states, weight), targets, label_smoothing=0.1, reduction="sum")
+    gradients = torch.autograd.grad(expected, (states, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = projected_cross_entropy(states, weight, targets, 0.1)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-3, atol=0.0)
+    assert float(loss.detach()) != float(loss.detach().bfloat16())
+    for found, wanted in zip(torch.autograd.grad(loss, (states, weight)), gradients, strict=True):
+        assert float((found - wanted).norm() / wanted.norm()) < 0.02
