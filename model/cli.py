@@ -40,8 +40,9 @@ def register_train(subparsers: Any) -> None:
         "--init", type=Path, metavar="CHECKPOINT", help="begin with the weights and the tokenizer of this model"
     )
     train.add_argument(
-        "--teacher", type=Path, metavar="CHECKPOINT",
-        help="learn from this model's distributions (training.distillation_weight), with its tokenizer",
+        "--teacher", type=Path, nargs="+", default=[], metavar="CHECKPOINT",
+        help="learn from this model's distributions, or from the mean of several models' "
+        "(training.distillation_weight), with their tokenizer",
     )  # fmt: skip
     train.add_argument("--resume", action="store_true", help="continue the run from its last checkpoint")
     train.add_argument(
@@ -137,7 +138,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         recipe, metadata = read_recipe(arguments.recipe, arguments.set)
         last = Checkpoint.load(run / "last.pt") if arguments.resume else None
         start = Checkpoint.load(arguments.init) if arguments.init else None
-        teacher = Checkpoint.load(arguments.teacher) if arguments.teacher else None
+        teachers = [Checkpoint.load(path) for path in arguments.teacher]
         if (arguments.valid is None) == (arguments.holdout == 0.0):
             raise ConfigurationError("give either --valid FILE or --holdout SHARE")
         if not 0.0 <= arguments.holdout < 0.5:
@@ -175,7 +176,7 @@ def run_train(arguments: argparse.Namespace) -> int:
             for name, pairs in held.items():
                 if pairs:
                     (run / f"{name}.tsv").write_text("".join(f"{s}\t{t}\n" for s, t in pairs), encoding="utf-8")
-        given = [checkpoint.tokenizer for checkpoint in (last, start, teacher) if checkpoint]
+        given = [checkpoint.tokenizer for checkpoint in (last, start, *teachers) if checkpoint]
         if len({tokenizer.to_str() for tokenizer in given}) > 1:
             raise ConfigurationError("the tokenizers of --init, --teacher and the run differ: ids would not fit")
         if given:
@@ -203,7 +204,7 @@ def run_train(arguments: argparse.Namespace) -> int:
             metadata,
             device,
             start=None if last else start,
-            teacher=teacher.transformer() if teacher else None,
+            teachers=[teacher.transformer() for teacher in teachers],
         )
         if last:
             trainer.resume(last)

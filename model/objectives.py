@@ -6,7 +6,7 @@ Letters in the shape comments: B rows of a batch, S source tokens, T target toke
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeAlias
 
@@ -26,17 +26,19 @@ Loss: TypeAlias = Callable[[Transformer, Batch, TrainingConfig], Tensor]
 class Objective(nn.Module):
     """The model with what it is trained for: what a process computes for each batch."""
 
-    def __init__(self, model: Transformer, config: TrainingConfig, teacher: Transformer | None = None) -> None:
-        """`teacher` has the model's vocabulary; its weights stay as they are. Raises ConfigurationError."""
+    def __init__(self, model: Transformer, config: TrainingConfig, teachers: Sequence[Transformer] = ()) -> None:
+        """`teachers` have the model's vocabulary; their weights stay as they are. Raises ConfigurationError."""
         super().__init__()
-        if (config.distillation_weight > 0) != (teacher is not None):
+        if (config.distillation_weight > 0) != bool(teachers):
             raise ConfigurationError("distillation_weight must be above 0 with a teacher (--teacher), and 0 without")
         self.model = model
         self.config = config
         self.loss = _LOSSES.get(config.loss) or _imported(config.loss)
-        if teacher is not None:
-            # Bound to the function, and no part of this module: its weights are neither trained nor synchronised.
-            self.loss = partial(translation_loss, teacher=teacher.requires_grad_(False).eval())
+        if teachers:
+            # Bound to the function, and no part of this module: their weights are neither trained nor synchronised.
+            self.loss = partial(
+                translation_loss, teachers=[teacher.requires_grad_(False).eval() for teacher in teachers]
+            )
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss summed over the batch's target tokens, ()."""
@@ -44,9 +46,9 @@ class Objective(nn.Module):
 
 
 def translation_loss(
-    model: Transformer, batch: Batch, config: TrainingConfig, teacher: Transformer | None = None
+    model: Transformer, batch: Batch, config: TrainingConfig, teachers: Sequence[Transformer] = ()
 ) -> Tensor:
-    """Cross-entropy with label smoothing; by the recipe's weights also what a teacher says, and what makes the vectors
+    """Cross-entropy with label smoothing; by the recipe's weights also what teachers say, and what makes the vectors
     of translations alike.
     """
     memory = model.encode(batch.source_ids, batch.source_lengths)  # (B, S, D)
@@ -54,9 +56,9 @@ def translation_loss(
     valid = batch.target_outputs != model.config.pad_id  # (B, T)
     states, targets = states[valid], batch.target_outputs[valid]  # (N, D), (N,)
     loss = projected_cross_entropy(states, model.output_projection.weight, targets, config.label_smoothing)
-    if teacher is not None:
+    if teachers:
         with torch.no_grad():
-            told = teacher(batch.source_ids, batch.source_lengths, batch.target_inputs)[valid]  # (N, V)
+            told = [teacher(batch.source_ids, batch.source_lengths, batch.target_inputs)[valid] for teacher in teachers]
         weight = config.distillation_weight
         distilled = distillation_loss(model.output_projection(states), told, config.distillation_temperature)
         loss = (1 - weight) * loss + weight * distilled
@@ -101,15 +103,16 @@ def _imported(path: str) -> Loss:
     return found
 
 
-def distillation_loss(logits: Tensor, told: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of the student's distribution from the teacher's, summed over the words, times
-    temperature^2: Hinton et al. (2015), section 2; Kim and Rush (2016), section 3.1.
+def distillation_loss(logits: Tensor, told: Sequence[Tensor], temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of the student's distribution from the teachers' mean, summed over the words, times
+    temperature^2: Hinton et al. (2015), section 2; Kim and Rush (2016), section 3.1; several teachers as Freitag et
+    al. (2017), "Ensemble Distillation for Neural Machine Translation".
 
-    logits and told (N, V) -> ().
+    logits (N, V), told one or more (N, V) -> ().
     """
     ours = (logits.float() / temperature).log_softmax(dim=-1)
-    theirs = (told.float() / temperature).log_softmax(dim=-1)
-    return functional.kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
+    theirs = torch.stack([(each.float() / temperature).softmax(dim=-1) for each in told]).mean(dim=0)
+    return functional.kl_div(ours, theirs, reduction="sum") * temperature**2
 
 
 def info_nce(ours: Tensor, theirs: Tensor, same: Tensor, temperature: float) -> Tensor:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Trainer:
         device: torch.device,
         *,
         start: Checkpoint | None = None,
-        teacher: Transformer | None = None,
+        teachers: Sequence[Transformer] = (),
     ) -> None:
         """`start`: the weights to begin with. Raises ConfigurationError."""
         self.recipe, self.corpus, self.tokenizer, self.validation = recipe, corpus, tokenizer, validation
@@ -77,7 +77,7 @@ class Trainer:
         if start is not None:
             take_weights(self.model, start.weights)
         self.model.to(device)
-        objective = Objective(self.model, recipe.training, None if teacher is None else teacher.to(device))
+        objective = Objective(self.model, recipe.training, [teacher.to(device) for teacher in teachers])
         self.parallel: nn.Module = DistributedDataParallel(objective) if self.world > 1 else objective
         # The same weights everywhere, but each process drops other units.
         torch.manual_seed(recipe.training.seed + 1000 * self.rank)

@@ -83,14 +83,22 @@ def test_the_contrastive_loss_is_that_of_the_vectors_that_encode_gives() -> None
 
 def test_distillation_by_hand() -> None:
     """Teacher 3/4, 1/4, student even: 3/4 log(3/2) + 1/4 log(1/2)."""
-    loss = distillation_loss(torch.zeros(1, 2), torch.tensor([[math.log(3.0), 0.0]]), 1.0)
+    loss = distillation_loss(torch.zeros(1, 2), [torch.tensor([[math.log(3.0), 0.0]])], 1.0)
     assert float(loss) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+
+
+def test_several_teachers_tell_the_mean_of_their_probabilities() -> None:
+    """One says 3/4, 1/4 and one 1/4, 3/4: an even student has nothing to learn, another has half of each to."""
+    told = [torch.tensor([[math.log(3.0), 0.0]]), torch.tensor([[0.0, math.log(3.0)]])]
+    assert float(distillation_loss(torch.zeros(1, 2), told, 1.0)) == pytest.approx(0.0, abs=1e-6)
+    loss = distillation_loss(torch.tensor([[math.log(3.0), 0.0]]), told, 1.0)
+    assert float(loss) == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
 
 
 def test_distillation_at_a_temperature_has_hintons_gradient() -> None:
     """T^2 times the divergence of softened distributions: its gradient is T * (softmax(z / T) - softmax(v / T))."""
     logits, told = torch.randn(1, 5, requires_grad=True), torch.randn(1, 5)
-    distillation_loss(logits, told, 4.0).backward()
+    distillation_loss(logits, [told], 4.0).backward()
     assert logits.grad is not None
     expected = 4.0 * ((logits.detach() / 4).softmax(-1) - (told / 4).softmax(-1))
     torch.testing.assert_close(logits.grad, expected)
@@ -116,15 +124,15 @@ def test_distillation_reads_the_teacher_at_the_students_own_places() -> None:
     for row in range(3):
         rows = PAIRS.source_ids[row : row + 1], PAIRS.source_lengths[row : row + 1], PAIRS.target_inputs[row : row + 1]
         length = int((PAIRS.target_outputs[row] != 0).sum())
-        expected = expected + distillation_loss(net(*rows)[0, :length], teacher(*rows)[0, :length], 2.0)
-    torch.testing.assert_close(translation_loss(net, PAIRS, config, teacher), expected)
+        expected = expected + distillation_loss(net(*rows)[0, :length], [teacher(*rows)[0, :length]], 2.0)
+    torch.testing.assert_close(translation_loss(net, PAIRS, config, [teacher]), expected)
 
 
 def test_a_student_of_its_own_weights_has_nothing_to_learn_from_its_teacher() -> None:
     """The divergence is zero, so what is left is the data's share; the teacher is not trained."""
     net = model()
     config = TrainingConfig(distillation_weight=0.75)
-    objective = Objective(net, config, model())
+    objective = Objective(net, config, [model()])
     plain = translation_loss(net, PAIRS, TrainingConfig())
     torch.testing.assert_close(objective(PAIRS), 0.25 * plain)
     assert {id(p) for p in objective.parameters()} == {id(p) for p in net.parameters()}
@@ -134,7 +142,7 @@ def test_a_teacher_and_its_weight_go_together() -> None:
     with pytest.raises(ConfigurationError, match="distillation_weight"):
         Objective(model(), TrainingConfig(distillation_weight=0.5))
     with pytest.raises(ConfigurationError, match="distillation_weight"):
-        Objective(model(), TrainingConfig(), model())
+        Objective(model(), TrainingConfig(), [model()])
 
 
 def test_classification_is_the_cross_entropy_of_means_over_tokens() -> None:
@@ -254,7 +262,7 @@ def test_contrastive_learning_makes_translations_find_each_other(tmp_path: Path)
 def test_a_run_begins_with_another_models_weights_and_learns_from_a_teacher(tmp_path: Path) -> None:
     """The tokenizer comes along; a classifier takes a translator's encoder."""
     first = train(tmp_path, "first", translations(), decoder_layers=1, steps=2)
-    options = ("--init", str(first), "--teacher", str(first))
+    options = ("--init", str(first), "--teacher", str(first), str(first))
     second = train(tmp_path, "second", translations(), *options, decoder_layers=1, steps=1, distillation_weight=0.5)
     start, end = Checkpoint.load(first), Checkpoint.load(second)
     assert end.tokenizer.to_str() == start.tokenizer.to_str()
