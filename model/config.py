@@ -284,6 +284,9 @@ class TrainingConfig:
     distillation_weight: float = 0.0
     """Share of a teacher's distribution (Hinton et al., 2015) in the loss of translation, the rest being the data's."""
     distillation_temperature: float = 1.0
+    r_drop: float = 0.0
+    """Weight alpha of the divergence between two passes of each batch, which differ by their dropout (Liang et al.,
+    2021). Each step costs two; the paper's weight for translation is 5."""
     label_smoothing: float = 0.1
     clip_norm: float = 1.0
     ema_decay: float = 0.0
@@ -328,7 +331,8 @@ class TrainingConfig:
         )
         _check(0.0 <= self.distillation_weight <= 1.0, "distillation_weight", "from 0 to 1", self.distillation_weight)
         _check(self.contrastive_weight >= 0, "contrastive_weight", "0 or more", self.contrastive_weight)
-        for name in ("contrastive_weight", "distillation_weight"):
+        _check(self.r_drop >= 0, "r_drop", "0 or more", self.r_drop)
+        for name in ("contrastive_weight", "distillation_weight", "r_drop"):
             _check(
                 self.loss == "translation" or getattr(self, name) == 0,
                 name,
@@ -367,6 +371,12 @@ class Recipe:
                 f"at most max_source_tokens ({model.max_source_tokens}) where a loss compares vectors of both sides",
                 model.max_target_tokens,
             )
+        _check(
+            training.r_drop == 0 or model.dropout > 0,
+            "r_drop",
+            "0 where dropout is 0: passes are equal",
+            training.r_drop,
+        )
         if training.loss == "classification":
             _check(
                 model.decoder_layers == 0,

@@ -160,6 +160,18 @@ class Batch:
     target_outputs: Tensor  # (B, T) int64, ending with the end token, padded
     target_tokens: int  # not padding, in target_outputs
 
+    def repeated(self, times: int) -> Batch:
+        """The rows so many times, one copy of all after the other."""
+        if times == 1:
+            return self
+        return Batch(
+            self.source_ids.repeat(times, 1),
+            self.source_lengths.repeat(times),
+            self.target_inputs.repeat(times, 1),
+            self.target_outputs.repeat(times, 1),
+            self.target_tokens * times,
+        )
+
     def to(self, device: torch.device) -> Batch:
         """The same rows on a device."""
         return Batch(

@@ -51,19 +51,24 @@ def translation_loss(
     """Cross-entropy with label smoothing; by the recipe's weights also what teachers say, and what makes the vectors
     of translations alike.
     """
-    memory = model.encode(batch.source_ids, batch.source_lengths)  # (B, S, D)
-    states = model.decoder_states(batch.target_inputs, memory, batch.source_lengths)  # (B, T, D)
+    passes = 2 if config.r_drop else 1
+    twice = batch.repeated(passes)
+    memory = model.encode(twice.source_ids, twice.source_lengths)  # (P * B, S, D)
+    states = model.decoder_states(twice.target_inputs, memory, twice.source_lengths)  # (P * B, T, D)
     valid = batch.target_outputs != model.config.pad_id  # (B, T)
-    states, targets = states[valid], batch.target_outputs[valid]  # (N, D), (N,)
-    loss = projected_cross_entropy(states, model.output_projection.weight, targets, config.label_smoothing)
+    targets = batch.target_outputs[valid]  # (N,)
+    states = states.view(passes, *valid.shape, -1)[:, valid]  # (P, N, D)
+    loss = projected_cross_entropy(
+        states, model.output_projection.weight, targets, config.label_smoothing, config.r_drop
+    )
     if teachers:
         with torch.no_grad():
             told = [teacher(batch.source_ids, batch.source_lengths, batch.target_inputs)[valid] for teacher in teachers]
         weight = config.distillation_weight
-        distilled = distillation_loss(model.output_projection(states), told, config.distillation_temperature)
+        distilled = distillation_loss(model.output_projection(states[0]), told, config.distillation_temperature)
         loss = (1 - weight) * loss + weight * distilled
     if config.contrastive_weight:
-        loss = loss + config.contrastive_weight * _of_translations(model, batch, config, memory)
+        loss = loss + config.contrastive_weight * _of_translations(model, batch, config, memory[: len(valid)])
     return loss
 
 

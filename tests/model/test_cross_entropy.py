@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy, kl_div, linear
 
 from model.cross_entropy import projected_cross_entropy
 
 
 def states_weight_targets(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    states, weight = torch.randn(rows, 12, dtype=dtype), torch.randn(40, 12, dtype=dtype)
+    states, weight = torch.randn(1, rows, 12, dtype=dtype), torch.randn(40, 12, dtype=dtype)
     return states.requires_grad_(), weight.requires_grad_(), torch.randint(0, 40, (rows,))
 
 
@@ -20,7 +20,7 @@ def states_weight_targets(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, 
 def test_loss_and_gradients_are_those_of_all_logits_at_once(rows: int, smoothing: float) -> None:
     """For one row, a full block and several with a rest."""
     states, weight, targets = states_weight_targets(rows, torch.float32)
-    expected = cross_entropy(linear(states, weight), targets, label_smoothing=smoothing, reduction="sum")
+    expected = cross_entropy(linear(states[0], weight), targets, label_smoothing=smoothing, reduction="sum")
     gradients = torch.autograd.grad(expected / 7, (states, weight))
     loss = projected_cross_entropy(states, weight, targets, smoothing)
     torch.testing.assert_close(loss, expected)
@@ -40,7 +40,7 @@ def test_no_row_is_no_loss() -> None:
 def test_under_autocast_products_are_bf16_and_sums_are_not() -> None:
     """Gradients as close as bf16 allows; the loss of 700 rows is not rounded to bf16's two digits."""
     states, weight, targets = states_weight_targets(700, torch.float32)
-    expected = cross_entropy(linear(states, weight), targets, label_smoothing=0.1, reduction="sum")
+    expected = cross_entropy(linear(states[0], weight), targets, label_smoothing=0.1, reduction="sum")
     gradients = torch.autograd.grad(expected, (states, weight))
     with torch.autocast("cpu", torch.bfloat16):
         loss = projected_cross_entropy(states, weight, targets, 0.1)
@@ -49,3 +49,20 @@ def test_under_autocast_products_are_bf16_and_sums_are_not() -> None:
     assert float(loss.detach()) != float(loss.detach().bfloat16())
     for found, wanted in zip(torch.autograd.grad(loss, (states, weight)), gradients, strict=True):
         assert float((found - wanted).norm() / wanted.norm()) < 0.02
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_r_drop_is_the_mean_of_two_passes_and_their_divergence_both_ways(rows: int) -> None:
+    """Loss and gradients by autograd from the formula: mean cross-entropy and alpha / 2 times the mean of both KL."""
+    torch.manual_seed(0)
+    states, weight = torch.randn(2, rows, 12, requires_grad=True), torch.randn(40, 12, requires_grad=True)
+    targets = torch.randint(0, 40, (rows,))
+    logits = linear(states, weight)
+    first, second = logits.log_softmax(-1)
+    both = [kl_div(a, b, reduction="sum", log_target=True) for a, b in ((first, second), (second, first))]
+    entropies = [cross_entropy(one, targets, label_smoothing=0.1, reduction="sum") for one in logits]
+    expected = sum(entropies) / 2 + 5.0 / 2 * sum(both) / 2
+    gradients = torch.autograd.grad(expected, (states, weight))
+    loss = projected_cross_entropy(states, weight, targets, 0.1, r_drop=5.0)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(torch.autograd.grad(loss, (states, weight)), gradients, rtol=1e-4, atol=1e-4)

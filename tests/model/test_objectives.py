@@ -116,6 +116,21 @@ def test_translation_is_the_cross_entropy_of_each_row_alone() -> None:
     torch.testing.assert_close(translation_loss(net, PAIRS, config), expected)
 
 
+def test_r_drop_of_a_model_that_drops_nothing_changes_nothing() -> None:
+    """Both passes are the same then, beside a contrastive loss too; with dropout they differ, and that costs."""
+    net = model(dropout=0.3).eval()
+    for beside in ({}, {"contrastive_weight": 0.5}):
+        plain = translation_loss(net, PAIRS, TrainingConfig(**beside))
+        torch.testing.assert_close(translation_loss(net, PAIRS, TrainingConfig(r_drop=5.0, **beside)), plain)
+    net.train()
+    torch.manual_seed(0)
+    passes = translation_loss(net, PAIRS.repeated(2), TrainingConfig()) / 2
+    torch.manual_seed(0)
+    assert translation_loss(net, PAIRS, TrainingConfig(r_drop=5.0)) > passes
+    torch.manual_seed(0)
+    torch.testing.assert_close(translation_loss(net, PAIRS, TrainingConfig(r_drop=1e-6)), passes)
+
+
 def test_distillation_reads_the_teacher_at_the_students_own_places() -> None:
     """Of each row the divergence at its target's tokens, and nothing of padding."""
     net, teacher = model().eval(), model(encoder_layers=2).eval()
@@ -167,6 +182,8 @@ def test_an_encoder_alone_has_no_weights_of_a_decoder() -> None:
     ("tables", "name"),
     [
         ({"training": {"loss": "mine"}}, "loss"),
+        ({"model": {"dropout": 0.0}, "training": {"r_drop": 5.0}}, "r_drop"),
+        ({"training": {"loss": "contrastive", "r_drop": 5.0}}, "r_drop"),
         ({"training": {"loss": "module:"}}, "loss"),
         ({"model": {"decoder_layers": 0}}, "decoder_layers"),
         ({"model": {"decoder_layers": 0, "share_embeddings": False}}, "share_embeddings"),

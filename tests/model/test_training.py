@@ -86,11 +86,14 @@ def losses(run: Path) -> list[float]:
 def test_a_killed_run_continues_with_the_same_losses(data: Path) -> None:
     """A run killed some steps after a checkpoint: losses, weights and validation become those of a run left alone.
 
-    Dropout, joined pairs, Muon and the moving average of the weights are on, and the kill falls within an epoch.
+    Dropout, BPE-dropout, joined pairs, Muon and the moving average of the weights are on, and the kill falls within an
+    epoch.
     """
     options = (
         "--set",
         "training.join_share=0.2",
+        "--set",
+        "training.bpe_dropout=0.2",
         "--set",
         "training.ema_decay=0.9",
         "--set",
