@@ -1,6 +1,7 @@
 """What a run minimises: the loss of a batch, and the user's own by import path.
 
-Letters in the shape comments: B rows of a batch, S source tokens, T target tokens, D = d_model, V the vocabulary.
+Letters in the shape comments: P passes, B rows of a batch, S source tokens, T target tokens, N the target tokens of all
+rows without padding, D = d_model, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def translation_loss(
     of translations alike.
     """
     passes = 2 if config.r_drop else 1
-    twice = batch.repeated(passes)
-    memory = model.encode(twice.source_ids, twice.source_lengths)  # (P * B, S, D)
-    states = model.decoder_states(twice.target_inputs, memory, twice.source_lengths)  # (P * B, T, D)
+    rows = batch.repeated(passes)
+    memory = model.encode(rows.source_ids, rows.source_lengths)  # (P * B, S, D)
+    states = model.decoder_states(rows.target_inputs, memory, rows.source_lengths)  # (P * B, T, D)
     valid = batch.target_outputs != model.config.pad_id  # (B, T)
     targets = batch.target_outputs[valid]  # (N,)
     states = states.view(passes, *valid.shape, -1)[:, valid]  # (P, N, D)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -80,7 +81,7 @@ class BpeDropout:
         self._words = tokenizer.pre_tokenizer
         self._probability = probability
         self._seed = seed
-        self._variants: dict[str, list[list[int]]] = {}
+        self._variants_of = lru_cache(maxsize=65536)(self._variants)
 
     def __call__(self, texts: Sequence[str], rng: np.random.Generator) -> Iterator[list[int]]:
         """Token ids of each text, without start or end token."""
@@ -89,11 +90,9 @@ class BpeDropout:
             draws = rng.integers(self.VARIANTS, size=len(words)).tolist()
             yield [one for word, n in zip(words, draws, strict=True) for one in self._variants_of(word)[n]]
 
-    def _variants_of(self, word: str) -> list[list[int]]:
-        if word not in self._variants:
-            own = random.Random(f"{self._seed} {word}")  # the same whenever the word is met first
-            self._variants[word] = [self._cut(word, own) for _ in range(self.VARIANTS)]
-        return self._variants[word]
+    def _variants(self, word: str) -> list[list[int]]:
+        own = random.Random(f"{self._seed} {word}")  # the same whenever the word is met
+        return [self._cut(word, own) for _ in range(self.VARIANTS)]
 
     def _cut(self, word: str, rng: random.Random) -> list[int]:
         symbols = list(word)
