@@ -330,8 +330,8 @@ class TrainingConfig:
             self.loss,
         )
         _check(0.0 <= self.distillation_weight <= 1.0, "distillation_weight", "from 0 to 1", self.distillation_weight)
-        _check(self.contrastive_weight >= 0, "contrastive_weight", "0 or more", self.contrastive_weight)
-        _check(self.r_drop >= 0, "r_drop", "0 or more", self.r_drop)
+        for name in ("contrastive_weight", "r_drop"):
+            _check(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         for name in ("contrastive_weight", "distillation_weight", "r_drop"):
             _check(
                 self.loss == "translation" or getattr(self, name) == 0,

@@ -53,7 +53,7 @@ def corrupt_graphs(monkeypatch: pytest.MonkeyPatch, ready_graphs: None) -> None:
     copy = export.exporter._write_graphs
 
     def corrupt(model: object, profile: object, alignment_layer: int, variant: str, directory: Path) -> dict[str, str]:
-        entry = copy(model, profile, alignment_layer, variant, directory)  # type: ignore[arg-type]
+        entry = copy(model, profile, alignment_layer, variant, directory)  # type: ignore[arg-type]  # passed on as they came
         graph = onnx.load(directory / entry["decoder"])
         tensor = next(tensor for tensor in graph.graph.initializer if tuple(tensor.dims) == (300, 32))
         values = numpy_helper.to_array(tensor).copy()

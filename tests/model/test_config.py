@@ -45,7 +45,7 @@ from model.config import ConfigurationError, Recipe, TransformerConfig
 )
 def test_a_transformer_that_cannot_work_is_refused_by_the_fields_name(fields: dict[str, object], name: str) -> None:
     with pytest.raises(ConfigurationError, match=name):
-        TransformerConfig(**fields)  # type: ignore[arg-type]
+        TransformerConfig(**fields)  # type: ignore[arg-type]  # a parameter of the test
 
 
 @pytest.mark.parametrize(
