@@ -144,6 +144,23 @@ def test_two_processes_learn_what_one_does(data: Path) -> None:
     assert len(losses(data / "two")) == 12
 
 
+def test_what_cannot_be_continued_is_refused_in_a_sentence(data: Path) -> None:
+    """A finished model has no training state; a run of another version counts its progress otherwise."""
+    steps = ("--set", "training.max_steps=2", "--set", "training.validate_every=2")
+    train(data, "run", *steps)
+    last = data / "run" / "last.pt"
+    checkpoint = Checkpoint.load(last)
+    assert checkpoint.training_state is not None
+    checkpoint.training_state["progress"]["once_counted"] = checkpoint.training_state["progress"].pop("batch")
+    checkpoint.save(last)
+    for words in ("begun by another version", "no training state"):
+        outcome = train(data, "run", *steps, "--resume", check=False)
+        assert outcome.returncode == 2
+        assert words in outcome.stderr
+        assert "Traceback" not in outcome.stderr
+        last.write_bytes((data / "run" / "model.pt").read_bytes())
+
+
 def test_a_run_that_gains_nothing_stops_early(data: Path) -> None:
     """At a rate of nearly nothing BLEU does not rise: patience ends the run long before its last step."""
     train(
