@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model.config import Recipe
+from model.recipe import Recipe
 from model.tokenizer import tokenizer_from_json
 from model.transformer import Transformer
 

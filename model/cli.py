@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from model.config import ConfigurationError, Recipe, TransformerConfig
+from model.config import ConfigurationError, TransformerConfig
+from model.recipe import Recipe
 
 
 def register_train(subparsers: Any) -> None:

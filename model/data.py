@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.config import TrainingConfig, TransformerConfig
+from model.config import TransformerConfig
+from model.recipe import TrainingConfig
 from model.tokenizer import Segment
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.config import ConfigurationError, TrainingConfig
+from model.config import ConfigurationError
 from model.cross_entropy import projected_cross_entropy
 from model.data import Batch
+from model.recipe import TrainingConfig
 from model.transformer import Transformer, mean_over_tokens
 
 Loss: TypeAlias = Callable[[Transformer, Batch, TrainingConfig], Tensor]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Muon, Optimizer
 
-from model.config import TrainingConfig
+from model.recipe import TrainingConfig
 
 
 def rate_factor(step: int, config: TrainingConfig) -> float:

@@ -23,12 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from model.checkpoint import Checkpoint, average_weights
-from model.config import ConfigurationError, Recipe
+from model.config import ConfigurationError
 from model.curves import draw_curves
 from model.data import BadRows, Batch, Corpus, epoch_batches
 from model.evaluation import validate
 from model.objectives import Objective
 from model.optimizer import MovingAverage, build_optimizers, rate_factor, set_rate
+from model.recipe import Recipe
 from model.tokenizer import segmenter
 from model.transformer import Transformer
 

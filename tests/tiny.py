@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import Checkpoint
-from model.config import Recipe, TrainingConfig, TransformerConfig
+from model.config import TransformerConfig
+from model.recipe import Recipe, TrainingConfig
 from model.tokenizer import train_tokenizer
 from model.transformer import Transformer
 

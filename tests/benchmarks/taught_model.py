@@ -18,8 +18,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from model.checkpoint import Checkpoint
-from model.config import Recipe, TransformerConfig
+from model.config import TransformerConfig
 from model.data import pad_rows
+from model.recipe import Recipe
 from model.tokenizer import encode_texts, train_tokenizer
 from model.transformer import Transformer
 from tests.tiny import sentences

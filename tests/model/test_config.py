@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from model.cli import read_recipe
-from model.config import ConfigurationError, Recipe, TransformerConfig
+from model.config import ConfigurationError, TransformerConfig
+from model.recipe import Recipe
 
 
 @pytest.mark.parametrize(

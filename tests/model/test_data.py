@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from model.config import TrainingConfig, TransformerConfig
+from model.config import TransformerConfig
 from model.data import BadRows, Corpus, DataError, _augment, epoch_batches, normalise_source, read_pairs, split_of
+from model.recipe import TrainingConfig
 from model.tokenizer import Segment, segmenter, train_tokenizer
 
 PAIRS = [

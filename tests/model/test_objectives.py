@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from model.checkpoint import Checkpoint
-from model.config import ConfigurationError, Recipe, TrainingConfig, TransformerConfig
+from model.config import ConfigurationError, TransformerConfig
 from model.data import Batch, pad_rows
 from model.evaluation import retrieval
 from model.objectives import (
@@ -24,6 +24,7 @@ from model.objectives import (
     info_nce,
     translation_loss,
 )
+from model.recipe import Recipe, TrainingConfig
 from model.transformer import Transformer
 from service.cli import main
 from tests import tiny

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from model.checkpoint import Checkpoint, CheckpointError, average_weights
-from model.config import TrainingConfig
 from model.optimizer import rate_factor
+from model.recipe import TrainingConfig
 
 PROGRAM = "import sys; from service.cli import main; sys.exit(main())"
 RECIPE = """

@@ -19,7 +19,8 @@ from export.manifest import FORMAT_VERSION, checksums, write_manifest
 from export.profile import CUDA, Precision
 from export.state import state_tensors
 from model.checkpoint import Checkpoint
-from model.config import Recipe, TransformerConfig
+from model.config import TransformerConfig
+from model.recipe import Recipe
 from model.tokenizer import train_tokenizer
 from model.transformer import Transformer
 from tests.benchmarks.gpu.request import Request
