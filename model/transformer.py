@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.attention import CrossAttention, Positions, SelfAttention, valid_tokens
+from model.attention import CrossAttention, MultiHeadAttention, Positions, SelfAttention, valid_tokens
 from model.config import Activation, TransformerConfig
 from model.positions import RelativeBias, rotary_tables, sinusoidal_positions
 
@@ -227,13 +227,19 @@ class Transformer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier for projections (Glorot and Bengio, 2010), variance 1 / D for embeddings, which sqrt(D) scales, and
-        for biases of positions.
+        for biases of positions. Queries, keys and values begin at half that variance, as if they were one matrix
+        (3 D, D), which is how torch.nn.MultiheadAttention has them: scores start flatter, and a post-norm decoder with
+        a high learning rate learns to look at its source.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, MultiHeadAttention):
+                for projection in (module.query, module.key, module.value):
+                    nn.init.xavier_uniform_(projection.weight, gain=0.5**0.5)
         for embedding in (self.source_embedding, self.target_embedding):
             nn.init.normal_(embedding.tokens.weight, std=self.config.d_model**-0.5)
         for positions in (self.source_positions, self.target_positions):

@@ -195,6 +195,18 @@ def _size(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def test_queries_keys_and_values_begin_as_torch_begins_them() -> None:
+    torch.manual_seed(0)
+    attention_of_ours = tiny_model(d_model=128).decoder_stack[0].cross_attention
+    theirs = torch.nn.MultiheadAttention(128, 4).in_proj_weight  # queries, keys and values, (3 D, D)
+    assert theirs is not None
+    for projection in (attention_of_ours.query, attention_of_ours.key, attention_of_ours.value):
+        assert projection.weight.std().item() == pytest.approx(theirs.std().item(), rel=0.02)
+        assert projection.weight.abs().max() <= math.sqrt(6 / (3 * 128 + 128)) + 1e-6
+    whole = attention_of_ours.output.weight
+    assert whole.var().item() == pytest.approx(2 * theirs.var().item(), rel=0.05)
+
+
 def test_shared_embeddings_are_one_matrix() -> None:
     """Shared: one parameter for three uses. Not shared: three."""
     shared, separate = tiny_model(share_embeddings=True), tiny_model(share_embeddings=False)
