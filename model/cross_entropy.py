@@ -1,4 +1,5 @@
-"""Cross-entropy of a projection to the vocabulary that never holds all of its logits.
+"""Losses of a projection to the vocabulary that never hold all of its logits: cross-entropy, the difference of two
+passes, and that from what teachers say.
 
 Logits and their gradient are the largest tensors of a small model's training by far, and writing and reading them took
 most of a step. Here a block of rows goes from states to gradients while it is in the processor's cache.
@@ -8,6 +9,8 @@ Letters in the shape comments: P passes, N rows, n rows of a block, D = d_model,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +20,27 @@ _BLOCK = 128
 """Rows of all passes at a time: with 6,000 tokens 3 MB of float32. Two passes of 256 rows took three times as long."""
 
 
+@dataclass(frozen=True)
+class Distillation:
+    """What teachers say of the same rows: Hinton et al. (2015), section 2, word by word (Kim and Rush, 2016, section
+    3.1), several teachers by the mean of their probabilities (Freitag et al., 2017, "Ensemble Distillation").
+    """
+
+    told: Sequence[tuple[Tensor, Tensor]]
+    """Of each teacher states (N, D') and the projection (V, D') that reads them."""
+    weight: float
+    """Of the divergence from what they say, from 0 to 1; the rest is that of the cross-entropy."""
+    temperature: float
+    """Both distributions are softened by it, and the divergence is times its square."""
+
+
 def projected_cross_entropy(
-    states: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, r_drop: float = 0.0
+    states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    label_smoothing: float,
+    r_drop: float = 0.0,
+    distillation: Distillation | None = None,
 ) -> Tensor:
     """What `cross_entropy(linear(states, weight), targets)` gives with this label smoothing, summed over rows, mean of
     the passes. Of two passes, which differ by their dropout, half of `r_drop` times the mean of both divergences of
@@ -31,7 +53,7 @@ def projected_cross_entropy(
     device = states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
     loss: Tensor = _ProjectedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's own
-        states, weight, targets, label_smoothing, r_drop, dtype
+        states, weight, targets, label_smoothing, r_drop, distillation, dtype
     )
     return loss
 
@@ -49,11 +71,13 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         label_smoothing: float,
         r_drop: float,
+        distillation: Distillation | None,
         dtype: torch.dtype,
     ) -> Tensor:
         passes = len(states)
         states_gradient, weight_gradient = torch.empty_like(states), torch.zeros_like(weight)
         projection = weight.to(dtype)  # (V, D)
+        told = [tuple(part.to(dtype) for part in one) for one in distillation.told] if distillation else []
         loss = torch.zeros((), device=states.device)
         rows = _BLOCK // passes
         for start in range(0, len(targets), rows):
@@ -64,14 +88,20 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             expected = (1 - label_smoothing) * scores.gather(-1, places)
             if label_smoothing:
                 expected = expected + label_smoothing * scores.mean(dim=-1, keepdim=True)
-            loss -= expected.sum() / passes
+            block_loss = -expected.sum()
             if r_drop:
                 divergence, gradient = _with_divergence(scores, r_drop / 2)
-                loss += r_drop / 2 * divergence
+                block_loss += r_drop / 2 * passes * divergence
             else:
                 gradient = scores.exp_()
             gradient.sub_(label_smoothing / len(weight))
             gradient.scatter_add_(-1, places, torch.full_like(expected, label_smoothing - 1))
+            if distillation:
+                theirs = [(read[start : start + rows] @ by.T).float() for read, by in told]  # each (n, V)
+                divergence, towards = _from_teachers(logits, theirs, distillation.temperature)
+                block_loss = torch.lerp(block_loss, divergence, distillation.weight)
+                gradient.lerp_(towards, distillation.weight)
+            loss += block_loss / passes
             gradient = gradient.div_(passes).to(dtype)
             states_gradient[:, start : start + rows] = gradient @ projection
             weight_gradient += gradient.flatten(0, 1).T @ block.flatten(0, 1)
@@ -79,9 +109,21 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *loss_gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
         states_gradient, weight_gradient = ctx.saved_tensors
-        return states_gradient * loss_gradient[0], weight_gradient * loss_gradient[0], None, None, None, None
+        return states_gradient * loss_gradient[0], weight_gradient * loss_gradient[0], *[None] * 5
+
+
+def _from_teachers(logits: Tensor, theirs: Sequence[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+    """T^2 times the divergence of each pass from the teachers' mean, both softened by T, summed, and its gradient by
+    the logits, T times the difference of the distributions.
+
+    logits (P, n, V), each of theirs (n, V) -> (), (P, n, V).
+    """
+    ours = logits.div(temperature).log_softmax(dim=-1)
+    mean = torch.stack([each.div_(temperature).softmax(dim=-1) for each in theirs]).mean(dim=0)
+    divergence = torch.xlogy(mean, mean).sum() * len(logits) - (mean * ours).sum()
+    return divergence * temperature**2, ours.exp_().sub_(mean).mul_(temperature)
 
 
 def _with_divergence(scores: Tensor, weight: float) -> tuple[Tensor, Tensor]:

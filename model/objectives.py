@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import ConfigurationError
-from model.cross_entropy import projected_cross_entropy
+from model.cross_entropy import Distillation, projected_cross_entropy
 from model.data import Batch
 from model.recipe import TrainingConfig
 from model.transformer import Transformer, mean_over_tokens
@@ -60,18 +60,24 @@ def translation_loss(
     valid = batch.target_outputs != model.config.pad_id  # (B, T)
     targets = batch.target_outputs[valid]  # (N,)
     states = states.view(passes, *valid.shape, -1)[:, valid]  # (P, N, D)
+    distillation = _told(teachers, batch, valid, config) if teachers else None
     loss = projected_cross_entropy(
-        states, model.output_projection.weight, targets, config.label_smoothing, config.r_drop
+        states, model.output_projection.weight, targets, config.label_smoothing, config.r_drop, distillation
     )
-    if teachers:
-        with torch.no_grad():
-            told = [teacher(batch.source_ids, batch.source_lengths, batch.target_inputs)[valid] for teacher in teachers]
-        weight = config.distillation_weight
-        distilled = distillation_loss(model.output_projection(states[0]), told, config.distillation_temperature)
-        loss = (1 - weight) * loss + weight * distilled
     if config.contrastive_weight:
         loss = loss + config.contrastive_weight * _of_translations(model, batch, config, memory[: len(valid)])
     return loss
+
+
+@torch.no_grad()
+def _told(teachers: Sequence[Transformer], batch: Batch, valid: Tensor, config: TrainingConfig) -> Distillation:
+    """What teachers say of the batch's target tokens; valid (B, T)."""
+    told = []
+    for teacher in teachers:
+        memory = teacher.encode(batch.source_ids, batch.source_lengths)  # (B, S, D')
+        states = teacher.decoder_states(batch.target_inputs, memory, batch.source_lengths)[valid]  # (N, D')
+        told.append((states, teacher.output_projection.weight))
+    return Distillation(told, config.distillation_weight, config.distillation_temperature)
 
 
 def contrastive_loss(model: Transformer, batch: Batch, config: TrainingConfig) -> Tensor:
@@ -108,18 +114,6 @@ def _imported(path: str) -> Loss:
         raise ConfigurationError(f"loss: {path} is no function")
     found: Loss = loss
     return found
-
-
-def distillation_loss(logits: Tensor, told: Sequence[Tensor], temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of the student's distribution from the teachers' mean, summed over the words, times
-    temperature^2: Hinton et al. (2015), section 2; Kim and Rush (2016), section 3.1; several teachers as Freitag et
-    al. (2017), "Ensemble Distillation for Neural Machine Translation".
-
-    logits (N, V), told one or more (N, V) -> ().
-    """
-    ours = (logits.float() / temperature).log_softmax(dim=-1)
-    theirs = torch.stack([(each.float() / temperature).softmax(dim=-1) for each in told]).mean(dim=0)
-    return functional.kl_div(ours, theirs, reduction="sum") * temperature**2
 
 
 def info_nce(ours: Tensor, theirs: Tensor, same: Tensor, temperature: float) -> Tensor:

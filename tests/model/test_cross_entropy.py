@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, linear
 
-from model.cross_entropy import projected_cross_entropy
+from model.cross_entropy import Distillation, projected_cross_entropy
 
 
 def states_weight_targets(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -65,4 +67,47 @@ def test_r_drop_is_the_mean_of_two_passes_and_their_divergence_both_ways(rows: i
     gradients = torch.autograd.grad(expected, (states, weight))
     loss = projected_cross_entropy(states, weight, targets, 0.1, r_drop=5.0)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(torch.autograd.grad(loss, (states, weight)), gradients, rtol=1e-4, atol=1e-4)
+
+
+def said(logits: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A teacher that says this of one row: state 1, and logits for a projection."""
+    return torch.ones(1, 1), torch.tensor(logits)[:, None]
+
+
+def distilled(ours: list[float], told: list[list[float]]) -> float:
+    states, weight = said(ours)
+    distillation = Distillation([said(each) for each in told], weight=1.0, temperature=1.0)
+    return float(projected_cross_entropy(states[None], weight, torch.tensor([0]), 0.0, distillation=distillation))
+
+
+def test_distillation_by_hand() -> None:
+    """An even student, a teacher with 3/4 and 1/4: 3/4 ln(3/2) + 1/4 ln(1/2)."""
+    loss = distilled([0.0, 0.0], [[math.log(3.0), 0.0]])
+    assert loss == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+
+
+def test_several_teachers_tell_the_mean_of_their_probabilities() -> None:
+    """One says 3/4, 1/4 and one 1/4, 3/4: an even student has nothing to learn, another has half of each to."""
+    told = [[math.log(3.0), 0.0], [0.0, math.log(3.0)]]
+    assert distilled([0.0, 0.0], told) == pytest.approx(0.0, abs=1e-6)
+    assert distilled([math.log(3.0), 0.0], told) == pytest.approx(
+        0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    )
+
+
+@pytest.mark.parametrize(("passes", "r_drop"), [(1, 0.0), (2, 3.0)])
+def test_distillation_takes_its_share_of_loss_and_gradients(passes: int, r_drop: float) -> None:
+    """By autograd from Hinton's formula, mean of the passes, over several blocks and two teachers of other widths."""
+    torch.manual_seed(0)
+    states, weight = torch.randn(passes, 300, 12, requires_grad=True), torch.randn(40, 12, requires_grad=True)
+    targets = torch.randint(0, 40, (300,))
+    told = [(torch.randn(300, width), torch.randn(40, width)) for width in (6, 20)]
+    theirs = torch.stack([linear(*each).div(4).softmax(-1) for each in told]).mean(0)
+    ours = linear(states, weight).div(4).log_softmax(-1)
+    divergence = 16 * kl_div(ours, theirs.expand_as(ours), reduction="sum") / passes
+    expected = 0.3 * projected_cross_entropy(states, weight, targets, 0.1, r_drop) + 0.7 * divergence
+    gradients = torch.autograd.grad(expected, (states, weight))
+    loss = projected_cross_entropy(states, weight, targets, 0.1, r_drop, Distillation(told, 0.7, 4.0))
+    torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, (states, weight)), gradients, rtol=1e-4, atol=1e-4)
