@@ -231,15 +231,17 @@ class Transformer(nn.Module):
         (3 D, D), which is how torch.nn.MultiheadAttention has them: scores start flatter, and a post-norm decoder with
         a high learning rate learns to look at its source.
         """
+        halved = {
+            projection
+            for module in self.modules()
+            if isinstance(module, MultiHeadAttention)
+            for projection in (module.query, module.key, module.value)
+        }
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+                nn.init.xavier_uniform_(module.weight, gain=0.5**0.5 if module in halved else 1.0)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, MultiHeadAttention):
-                for projection in (module.query, module.key, module.value):
-                    nn.init.xavier_uniform_(projection.weight, gain=0.5**0.5)
         for embedding in (self.source_embedding, self.target_embedding):
             nn.init.normal_(embedding.tokens.weight, std=self.config.d_model**-0.5)
         for positions in (self.source_positions, self.target_positions):

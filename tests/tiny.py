@@ -53,7 +53,7 @@ def tiny_checkpoint(seed: int = 1, **changes: object) -> Checkpoint:
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
             elif "attention" in name and parameter.dim() == 2:
-                parameter.mul_(3.0)
+                parameter.mul_(3.0 if "output" in name else 3.0 * 2**0.5)  # the others begin smaller
         if config.labels:  # of which each is the likeliest somewhere
             model.classifier.weight.mul_(3.0)  # type: ignore[union-attr]  # there is one
             model.classifier.bias.zero_()  # type: ignore[union-attr]
