@@ -49,6 +49,7 @@ class TrainingConfig:
     2021). Each step costs two; the paper's weight for translation is 5."""
     label_smoothing: float = 0.1
     clip_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to it (0: never)."""
     ema_decay: float = 0.0
     """Decay per step of a moving average of the weights, validated and saved instead of the last ones (0: none)."""
     average_checkpoints: int = 1
@@ -99,8 +100,8 @@ class TrainingConfig:
                 f"0 where loss is {self.loss}",
                 getattr(self, name),
             )
-        check(self.clip_norm > 0, "clip_norm", "above 0", self.clip_norm)
-        check(self.weight_decay >= 0, "weight_decay", "0 or more", self.weight_decay)
+        for name in ("clip_norm", "weight_decay"):
+            check(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         check(
             self.cooldown_steps <= self.max_steps,
             "cooldown_steps",

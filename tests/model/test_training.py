@@ -177,6 +177,13 @@ def test_a_run_that_gains_nothing_stops_early(data: Path) -> None:
     assert (data / "idle" / "model.pt").exists()
 
 
+def test_a_clip_norm_of_zero_leaves_gradients_as_they_are(data: Path) -> None:
+    """As one that no gradient reaches; the usual 1 is reached in the first steps."""
+    for run, norm in (("never", 0.0), ("unreached", 1e9), ("reached", 1.0)):
+        train(data, run, "--set", f"training.clip_norm={norm}", "--set", "training.max_steps=4")
+    assert losses(data / "never") == losses(data / "unreached") != losses(data / "reached")
+
+
 @pytest.mark.slow
 def test_a_small_model_learns_to_spell(data: Path) -> None:
     """A few hundred steps bring the validation BLEU of a copying task above 60 and the loss far down."""
