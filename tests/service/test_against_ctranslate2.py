@@ -184,9 +184,10 @@ def test_alternatives(peers: Peers, prefixed: bool, num_beams: int) -> None:
 
 def test_alternatives_begin_with_the_end_token_if_it_is_likely(peers: Peers) -> None:
     """What CTranslate2 leaves out: without min_new_tokens an alternative may be to end here."""
-    greedy = peers.ours.results(peers.sources[:50], LIMIT)
-    each = [{"prefix_ids": tuple(result.ids[:-1])} for (result,) in greedy if len(result.ids) > 1]
-    sources = [source for source, (result,) in zip(peers.sources, greedy, strict=False) if len(result.ids) > 1]
+    greedy = zip(peers.sources[:50], peers.ours.results(peers.sources[:50], LIMIT), strict=True)
+    ended = [(source, result.ids) for source, (result,) in greedy if result.reason == "stop" and result.ids[1:]]
+    assert len(ended) > 25
+    sources, each = [source for source, _ in ended], [{"prefix_ids": tuple(ids[:-1])} for _, ids in ended]
     found = peers.ours.results(sources, LIMIT, each, num_return_sequences=3, return_alternatives=True)
     assert all(results[0].ids == [2] for results in found)
 
