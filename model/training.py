@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -158,7 +157,8 @@ class Trainer:
         total_loss, total_tokens = totals.tolist()
         # Gradients are averaged over the processes: weigh each by its share of the tokens, as if it were one batch.
         (loss * self.world / total_tokens).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
         set_rate(self.optimizers, config.learning_rate * rate_factor(self.progress.step, config))
         for optimizer in self.optimizers:
             optimizer.step()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from model.checkpoint import Checkpoint, CheckpointError, average_weights
+from model.config import ConfigurationError
 from model.optimizer import rate_factor
 from model.recipe import TrainingConfig
 
@@ -178,10 +179,12 @@ def test_a_run_that_gains_nothing_stops_early(data: Path) -> None:
 
 
 def test_a_clip_norm_of_zero_leaves_gradients_as_they_are(data: Path) -> None:
-    """As one that no gradient reaches; the usual 1 is reached in the first steps."""
+    """As one that no gradient reaches; the usual 1 is reached in the first steps. One below zero is refused."""
     for run, norm in (("never", 0.0), ("unreached", 1e9), ("reached", 1.0)):
         train(data, run, "--set", f"training.clip_norm={norm}", "--set", "training.max_steps=4")
     assert losses(data / "never") == losses(data / "unreached") != losses(data / "reached")
+    with pytest.raises(ConfigurationError, match="clip_norm"):
+        TrainingConfig(clip_norm=-1.0)
 
 
 @pytest.mark.slow

@@ -33,9 +33,8 @@ LIMIT = 20
 
 @dataclass
 class Pair:
-    """One model, several times."""
+    """One model, twice."""
 
-    model: Transformer
     exact: Transformer
     """In doubles: two who round differently, in floats, may be further from each other than from the truth."""
     runner: Runner
@@ -92,8 +91,8 @@ def pair(request: pytest.FixtureRequest) -> Pair:
     loaded: Checkpoint = request.getfixturevalue(checkpoint)
     path: Path = request.getfixturevalue(artifact)
     sources = [[*ids, 2] for ids in encode_texts(loaded.tokenizer, tiny.sentences(100, seed=9))]
-    exact = loaded.transformer().double()
-    return Pair(loaded.transformer(), exact, Runner(Artifact.load(path), Settings(threads=1, provider="cpu")), sources)
+    runner = Runner(Artifact.load(path), Settings(threads=1, provider="cpu"))
+    return Pair(loaded.transformer().double(), runner, sources)
 
 
 @pytest.mark.parametrize(("beams", "penalty"), [(4, 1.0), (3, 0.0)])
@@ -105,7 +104,7 @@ def test_beams_are_those_of_the_slow_decoder(pair: Pair, beams: int, penalty: fl
     decoder gives as well if it rounds otherwise: at most once.
     """
     found = pair.answers(pair.sources, num_beams=beams, num_return_sequences=beams, length_penalty=penalty)
-    wanted = beam_search(pair.model, pair.sources, beams, penalty, LIMIT)
+    wanted = beam_search(pair.exact, pair.sources, beams, penalty, LIMIT)
     answers = [[result.ids for result in results] for results in found]
     different = [i for i, best in enumerate(wanted) if answers[i] != [hypothesis.ids for hypothesis in best]]
     assert len(different) <= 1
@@ -177,7 +176,7 @@ def test_constrained_searches_are_those_of_the_definition(pair: Pair, asked: dic
 def test_one_beam_is_greedy(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A beam search of width 1, which the service never needs, says what greedy decoding says."""
     sources = pair.sources[:30]
-    greedy = greedy_search(pair.model, sources, LIMIT)
+    greedy = greedy_search(pair.exact, sources, LIMIT)
 
     def one_beam(parameters: GenerateParameters, special: SpecialIds, longest: int) -> BeamSearch:
         return BeamSearch(parameters, Constraints(parameters, special), LIMIT)
