@@ -68,9 +68,9 @@ def greedy_search(
             best, tokens = _step(model, target_ids, memory, lengths).max(dim=-1)  # (B,), (B,)
             target_ids = torch.cat([target_ids, tokens[:, None]], dim=1)
             keep = []
-            for row, i in enumerate(running):
-                sums[i] += float(best[row])
-                if int(tokens[row]) == config.eos_id or target_ids.size(1) - 1 == batch_limit:
+            for row, (i, score, token) in enumerate(zip(running, best.tolist(), tokens.tolist(), strict=True)):
+                sums[i] += score
+                if token == config.eos_id or target_ids.size(1) - 1 == batch_limit:
                     results[i] = Hypothesis(target_ids[row, 1:].tolist(), sums[i])
                 else:
                     keep.append(row)
