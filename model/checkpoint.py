@@ -6,7 +6,7 @@ A file is read with torch's weights-only loader, so that opening one runs no cod
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,10 +81,28 @@ class Checkpoint:
         )
 
 
-def average_weights(checkpoints: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy on the CPU. Names that share a tensor share its copy, so that a file holds it once."""
+    return _each_once(weights, lambda name: weights[name].detach().cpu().clone())
+
+
+def average_weights(checkpoints: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The mean of each tensor over several sets of weights (Vaswani et al., 2017, section 6.1), summed in float64."""
-    names = checkpoints[0].keys()
-    return {
-        name: torch.stack([weights[name].double() for weights in checkpoints]).mean(0).to(checkpoints[0][name].dtype)
-        for name in names
-    }
+    first = checkpoints[0]
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([weights[name].double() for weights in checkpoints]).mean(0).to(first[name].dtype)
+
+    return _each_once(first, mean)
+
+
+def _each_once(weights: Mapping[str, Tensor], make: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """make(name) of every name, called once for names that share a tensor."""
+    made: dict[int, Tensor] = {}
+    result = {}
+    for name, tensor in weights.items():
+        place = tensor.data_ptr()
+        if place not in made:
+            made[place] = make(name)
+        result[name] = made[place]
+    return result

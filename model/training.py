@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from model.checkpoint import Checkpoint, average_weights
+from model.checkpoint import Checkpoint, average_weights, copied
 from model.config import ConfigurationError
 from model.curves import draw_curves
 from model.data import BadRows, Batch, Corpus, epoch_batches
@@ -170,8 +170,7 @@ class Trainer:
 
     def _weights(self) -> dict[str, Tensor]:
         """What is validated and kept: the moving average, or the weights themselves."""
-        weights = self.average.weights if self.average else self.model.state_dict()
-        return {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+        return copied(self.average.weights if self.average else self.model.state_dict())
 
     def _scores(self, weights: dict[str, Tensor]) -> dict[str, float]:
         model = Transformer(self.recipe.model)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from model.checkpoint import Checkpoint, CheckpointError, average_weights
-from model.config import ConfigurationError
+from model.checkpoint import Checkpoint, CheckpointError, average_weights, copied
+from model.config import ConfigurationError, TransformerConfig
 from model.optimizer import rate_factor
-from model.recipe import TrainingConfig
+from model.recipe import Recipe, TrainingConfig
 
 PROGRAM = "import sys; from service.cli import main; sys.exit(main())"
 RECIPE = """
@@ -238,6 +238,24 @@ def test_average_of_weights_is_their_mean() -> None:
 
     average = average_weights([{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 6.0])}])
     assert torch.equal(average["w"], torch.tensor([2.0, 4.0]))
+
+
+def test_a_file_holds_shared_weights_once(tmp_path: Path) -> None:
+    from model.tokenizer import train_tokenizer
+    from model.transformer import Transformer
+
+    tokenizer = train_tokenizer(["abc"], 260)
+    sizes = {}
+    for share in (True, False):
+        config = TransformerConfig(vocab_size=260, d_model=64, num_heads=2, share_embeddings=share)
+        weights = copied(Transformer(config).state_dict())
+        for name, kept in {"copied": weights, "mean": average_weights([weights, weights])}.items():
+            checkpoint = Checkpoint(Recipe(config), tokenizer, kept, {})
+            checkpoint.save(tmp_path / "model.pt")
+            sizes[name, share] = (tmp_path / "model.pt").stat().st_size
+    table = 260 * 64 * 4
+    assert sizes["copied", False] - sizes["copied", True] == pytest.approx(2 * table, rel=0.05)
+    assert sizes["mean", False] - sizes["mean", True] == pytest.approx(2 * table, rel=0.05)
 
 
 def test_the_learning_rate_warms_up_falls_and_cools_down() -> None:
