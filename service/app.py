@@ -19,9 +19,10 @@ from service.classify import classify
 from service.documentation import add_documentation
 from service.encode import encode
 from service.generate import generate
+from service.keys import Gate, Keys
 from service.middleware import Envelope, Linger
 from service.openapi import DESCRIPTION, describe, operation
-from service.probes import add_probes
+from service.probes import HEALTH_PATHS, METRICS_PATH, add_probes
 from service.problem import add_problem_handlers, validation_failed
 from service.schemas import (
     ClassifyRequest,
@@ -44,7 +45,7 @@ _KEEP_ALIVE_BODY = 64 * 1024
 
 
 def create_app(model: ServedModel) -> FastAPI:
-    """An application that serves `model`; it answers 503 until the model's engine is ready."""
+    """An application that serves `model`; it answers 503 until the model's engine is ready. Raises SettingsError."""
     app = FastAPI(
         title="Transduce",
         version=__version__,
@@ -57,6 +58,9 @@ def create_app(model: ServedModel) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},  # none is set up, and it would be looked for
     )
     app.router.route_class = _Route
+    app.state.keys = Keys(model.settings.api_keys, model.settings.api_key_file)
+    without_key = HEALTH_PATHS | ({METRICS_PATH} if model.settings.metrics_without_key else frozenset())
+    app.add_middleware(Gate, keys=app.state.keys, metrics=model.metrics, open_paths=without_key)
     app.add_middleware(Linger, keep_alive_bytes=_KEEP_ALIVE_BODY)
     app.add_middleware(Envelope, metrics=model.metrics, leaving=lambda: model.engine.status in ("draining", "stopped"))
     add_problem_handlers(app, model.metrics)

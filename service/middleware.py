@@ -46,7 +46,7 @@ class Envelope:
         request_id = request_id_of(scope["headers"])
         # A HEAD is answered as the GET it stands for, without the body. A copy: the server's own scope stays as it is.
         scope = dict(scope, method="GET" if method == "HEAD" else method)
-        scope["state"] = dict(scope.get("state") or {}, request_id=request_id)
+        scope["state"] = dict(scope.get("state") or {}, request_id=request_id, client="")
         started, status = time.perf_counter(), CLIENT_CLOSED
 
         async def send_with_id(message: Message) -> None:
@@ -75,14 +75,16 @@ class Envelope:
         finally:
             endpoint = endpoint_of(scope)
             self._metrics.count_http(endpoint, status)
+            client = scope["state"]["client"]
             logger.log(
                 logging.INFO if endpoint.startswith("/v1/") else logging.DEBUG,
-                "request_id=%s method=%s endpoint=%s status=%d seconds=%.4f",
+                "request_id=%s method=%s endpoint=%s status=%d seconds=%.4f%s",
                 request_id,
                 method if method in _METHODS else "other",
                 endpoint,
                 status,
                 time.perf_counter() - started,
+                client and f" client={client}",
             )
 
 

@@ -23,6 +23,11 @@ _ERRORS: dict[int, tuple[str, str, str]] = {
         "invalid_request",
         "the body is not JSON: Expecting value at character 0",
     ),
+    401: (
+        "No key, or a wrong one, where the server wants one.",
+        "unauthorized",
+        "this service wants a key: send it in the header Authorization: Bearer KEY",
+    ),
     404: ("No model of this name.", "not_found", "no such model here; this server has 'tatoeba-en-de'"),
     413: (
         "A text has too many tokens, the call too many inputs, or the body too many bytes.",
@@ -176,7 +181,10 @@ def describe(app: FastAPI) -> None:
             ]
             _, request_schemas = models_json_schema(unseen, ref_template=_REFERENCE)  # type: ignore[arg-type]  # list is invariant
             _, event_schemas = models_json_schema([(StreamEvent, "serialization")], ref_template=_REFERENCE)
-            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            components = document.setdefault("components", {})
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"key": []}, {}]  # with a key, or, where the server wants none, without
+            schemas = components.setdefault("schemas", {})
             for more in (event_schemas, request_schemas):
                 schemas.update({name: schema for name, schema in more.get("$defs", {}).items() if name not in schemas})
             app.openapi_schema = document

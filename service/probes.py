@@ -10,6 +10,11 @@ from service.problem import problem_response
 from service.schemas import ErrorResponse, Health
 from service.served_model import ServedModel
 
+HEALTH_PATHS = frozenset({"/healthz", "/readyz"})
+"""Open to everyone: what asks them has no key."""
+
+METRICS_PATH = "/metrics"
+
 
 def add_probes(app: FastAPI, model: ServedModel) -> None:
     """Add /healthz, /readyz, /metrics and /."""
@@ -36,7 +41,7 @@ def add_probes(app: FastAPI, model: ServedModel) -> None:
         return Health(status="ready")
 
     @app.get(
-        "/metrics",
+        METRICS_PATH,
         tags=["operations"],
         operation_id="metrics",
         summary="Prometheus metrics",

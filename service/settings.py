@@ -28,8 +28,10 @@ Provider = Literal["auto", "cpu", "cuda"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-def _manual(sentence: str, *, low: float | None = None, high: float | None = None) -> dict[str, Any]:
-    return {"help": sentence, "low": low, "high": high}
+def _manual(
+    sentence: str, *, low: float | None = None, high: float | None = None, secret: bool = False
+) -> dict[str, Any]:
+    return {"help": sentence, "low": low, "high": high, "secret": secret}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +110,31 @@ class Settings:
         default=30.0,
         metadata=_manual("Seconds given to accepted requests after SIGTERM.", low=0),
     )
+    api_key_file: str = field(
+        default="",
+        metadata=_manual("File of the keys that are let in, as transduce key makes them; read again when it changes."),
+    )
+    api_keys: str = field(
+        default="",
+        metadata=_manual("The same keys in the setting itself, with commas between them.", secret=True),
+    )
+    metrics_without_key: bool = field(
+        default=False,
+        metadata=_manual("Let everyone read /metrics where keys are required."),
+    )
     log_level: LogLevel = field(default="info", metadata=_manual("Least serious messages to log."))
 
     def __post_init__(self) -> None:
         for spec in fields(self):
             _check(spec, getattr(self, spec.name))
+
+    def shown(self) -> dict[str, object]:
+        """Every setting by its name, for people to read: of a secret only whether it is set."""
+        return {
+            spec.name: ("set" if value else "") if spec.metadata["secret"] else value
+            for spec in fields(self)
+            for value in [getattr(self, spec.name)]
+        }
 
     @property
     def model_name(self) -> str | None:
@@ -214,7 +236,8 @@ def _default_text(spec: Field[Any], value: object) -> str:
     if spec.name == "model":
         return "default: the artifact shipped with the service"
     assert value is not MISSING
-    return f"default: {str(value).lower() if isinstance(value, bool) else value}"
+    shown = str(value).lower() if isinstance(value, bool) else value
+    return "default: none" if shown == "" else f"default: {shown}"
 
 
 def _parse(spec: Field[Any], kind: Any, text: str, origin: str) -> object:

@@ -1,10 +1,13 @@
 """`transduce serve`: the service on a port."""
 
 import argparse
-import dataclasses
 import logging
+from typing import TYPE_CHECKING
 
 from service.settings import Settings, add_arguments, read_settings
+
+if TYPE_CHECKING:
+    from service.keys import Keys
 
 logger = logging.getLogger("transduce.server")
 
@@ -35,16 +38,21 @@ def run(arguments: argparse.Namespace) -> int:
     from service.server import open_socket, serve
 
     model = load(settings)
+    app = create_app(model)
     listener = open_socket(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
-    _announce(settings, str(host), int(port))
-    return serve(create_app(model), model.engine, settings, listener)
+    _announce(settings, app.state.keys, str(host), int(port))
+    return serve(app, model.engine, settings, listener)
 
 
-def _announce(settings: Settings, host: str, port: int) -> None:
-    """What is in effect, and that anyone may call."""
-    words = " ".join(f"{name}={value}" for name, value in dataclasses.asdict(settings).items())
+def _announce(settings: Settings, keys: "Keys", host: str, port: int) -> None:
+    """What is in effect, and who may call."""
+    words = " ".join(f"{name}={value}" for name, value in settings.shown().items())
     logger.info("settings %s", words)
     place = f"[{host}]" if ":" in host else host
     logger.info("listening on http://%s:%d (documentation at /docs); loading the model", place, port)
-    logger.info("no key is configured: the service is open to everyone who can reach this address")
+    if keys.required:
+        open_too = ", /metrics" if settings.metrics_without_key else ""
+        logger.info("%d keys are let in; without one, /healthz, /readyz%s answer", len(keys.entries), open_too)
+    else:
+        logger.info("no key is configured: the service is open to everyone who can reach this address")

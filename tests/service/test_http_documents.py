@@ -89,12 +89,13 @@ def test_the_document_names_every_error(document: dict[str, Any]) -> None:
     """With the one shape, and no mention of the framework's own."""
     for path in ("/v1/generate", "/v1/encode", "/v1/classify", "/v1/score"):
         responses = document["paths"][path]["post"]["responses"]
-        assert set(responses) == {"200", "400", "404", "413", "422", "429", "500", "503", "504"}
+        assert set(responses) == {"200", "400", "401", "404", "413", "422", "429", "500", "503", "504"}
         for status, response in responses.items():
             if status != "200":
                 schema = response["content"]["application/json"]["schema"]
                 assert schema["$ref"] == "#/components/schemas/ErrorResponse"
                 schemas.ErrorResponse.model_validate(response["content"]["application/json"]["example"])
+    assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert "HTTPValidationError" not in document["components"]["schemas"]
 
 
