@@ -128,8 +128,11 @@ def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
 
 
 async def _asked(request: Request, model: ServedModel, schema: type[Asked]) -> Asked:
-    """The body of a request, checked. Readiness comes first: a server that cannot answer reads nothing."""
+    """The body of a request, checked. Readiness and room come first: a server that cannot answer reads
+    nothing, and refuses in a fraction of the time.
+    """
     model.require_ready()
+    model.require_room(request.state.client)
     body = await read_json(request, model.settings.max_body_bytes)
     if isinstance(body, dict) and isinstance(inputs := body.get("inputs"), list):
         model.require_input_count(len(inputs))  # before a million of them are looked at

@@ -67,8 +67,10 @@ class Mailbox:
 class Call:
     """The sequences of one HTTP request, from submission to their last events. Used on the event loop, as a context."""
 
-    def __init__(self, engine: SubmitsSequences, mailbox: Mailbox) -> None:
+    def __init__(self, engine: SubmitsSequences, mailbox: Mailbox, client: str) -> None:
+        """`client` is the name of who asks, empty where nobody is told apart."""
         self._engine = engine
+        self._client = client
         self._mailbox = mailbox
         self._open: dict[int, Sequence] = {}
         self._arrived: list[tuple[int, Event]] = []
@@ -85,6 +87,8 @@ class Call:
 
     def submit(self, sequences: dict[int, Sequence], receive: Receive) -> None:
         """Hand the sequences over, by the index of their input, and watch for the client's leaving from now on."""
+        for sequence in sequences.values():
+            sequence.client = self._client
         try:
             self._engine.submit(list(sequences.values()))
         except RequestError as error:

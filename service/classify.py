@@ -18,7 +18,7 @@ async def classify(model: ServedModel, mailbox: Mailbox, asked: ClassifyRequest,
     model.require_name(asked.model)
     deadline = model.deadline(None)
     sources = await model.source_ids(dict(enumerate(asked.inputs)), truncate=asked.truncate)
-    with Call(model.engine, mailbox) as call:
+    with Call(model.engine, mailbox, request.state.client) as call:
         sequences = {
             index: Sequence(ids, call.listener(index), kind="classify", deadline=deadline)
             for index, ids in sources.items()

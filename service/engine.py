@@ -15,15 +15,17 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+from service.admission import Admission
 from service.artifact import Artifact
 from service.core import Core
-from service.errors import QueueFull, StartupError, TooLarge, Unavailable, ValidationFailed
+from service.errors import StartupError, TooLarge, Unavailable, ValidationFailed
 from service.metrics import Metrics
 from service.processors import Division
 from service.rehearsal import self_test, warm_up
 from service.runner import Runner
 from service.sequence import GenerateParameters, Sequence
 from service.settings import Settings
+from service.tally import Load
 from service.worker import Worker
 
 Status = Literal["new", "starting", "ready", "draining", "stopped", "failed"]
@@ -55,6 +57,7 @@ class Engine:
         self._clock = clock
         self._open_cores = open_cores or self._open_artifact
         self._door = threading.Lock()
+        self._admission = Admission(settings, lambda: (worker.left_line for worker in self._workers))
         self._status: Status = "new"  # written behind the door
         self._workers: list[Worker] = []
         self._ended_workers = 0
@@ -66,6 +69,7 @@ class Engine:
         self._opener = threading.Thread(target=self._open, name="engine", daemon=True)
         self._division = Division.of(settings, on_gpu=settings.provider == "cuda")
         metrics.num_requests_waiting.set_function(lambda: float(self.waiting))
+        metrics.num_tokens_waiting.set_function(lambda: float(self._admission.waiting.tokens))
 
     @property
     def status(self) -> Status:
@@ -80,7 +84,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Sequences that were accepted and that nobody works on yet."""
-        return sum(worker.waiting for worker in self._workers)
+        return self._admission.waiting.inputs
 
     def start(self) -> None:
         """Open the sessions, run the self-test, warm up, and begin to serve, in threads. Returns at once."""
@@ -98,26 +102,33 @@ class Engine:
         return decided
 
     def submit(self, sequences: list[Sequence]) -> None:
-        """Take all of them or none.
+        """Take all of them, which are of one client, or none.
 
         Raises at once TooLarge (could never fit), ValidationFailed, QueueFull, or Unavailable (not ready, draining).
         """
         for sequence in sequences:
             self._check(sequence)
-        count, limit = len(sequences), self._settings.max_queue
-        if count > limit:
-            raise TooLarge(f"{count} inputs in one call are more than the line can ever hold ({limit})")
+        load = Load(len(sequences), sum(sequence.tokens for sequence in sequences))
         with self._door:
-            if self._status != "ready":
-                raise Unavailable(_UNAVAILABLE.get(self._status, f"the model is {self._status}"))
-            if self.waiting + count > limit:
-                raise QueueFull(f"the line is full: {self.waiting} of {limit} inputs wait")
+            self._require_room(load, sequences[0].client if sequences else "")
+            self._admission.add(sequences)
             now = self._clock()
             for sequence in sequences:
                 sequence.submitted_at = now
             for worker, share in zip(self._workers, self._shares(sequences), strict=True):
                 if share:
                     worker.submit(share)
+
+    def require_room(self, client: str) -> None:
+        """Raises QueueFull or Unavailable if `submit` would refuse even the shortest input of this client now."""
+        with self._door:
+            self._require_room(Load(1, 1), client)
+
+    def _require_room(self, load: Load, client: str) -> None:
+        """Behind the door."""
+        if self._status != "ready":
+            raise Unavailable(_UNAVAILABLE.get(self._status, f"the model is {self._status}"))
+        self._admission.require_room(load, client, self._clock())
 
     def cancel(self, sequences: list[Sequence]) -> None:
         """Give them up, wherever they are: their rows are free within a step. No event follows."""

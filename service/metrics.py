@@ -56,6 +56,7 @@ class Metrics:
         PlatformCollector(registry=registry)
         self.num_requests_running = self._gauge("num_requests_running", "Requests that are being worked on.")
         self.num_requests_waiting = self._gauge("num_requests_waiting", "Requests that wait in line.")
+        self.num_tokens_waiting = self._gauge("num_tokens_waiting", "Tokens of the requests that wait in line.")
         self.rows_in_use = self._gauge("rows_in_use", "Rows of the decoder's batch that hold a sequence.")
         self.rows_capacity = self._gauge("rows_capacity", "Rows that the decoder's batch can hold.")
         self.state_bytes = self._gauge("state_bytes", "Memory of the decoder's state tensors now, in bytes.")

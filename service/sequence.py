@@ -162,8 +162,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "admitted_at", "deadline", "endpoint", "first_token_at", "held", "kind", "on_event", "parameters", "search",
-        "source_ids", "stage", "stream", "submitted_at", "target_ids", "worker",
+        "admitted_at", "client", "deadline", "endpoint", "first_token_at", "held", "kind", "on_event", "parameters",
+        "search", "source_ids", "stage", "stream", "submitted_at", "target_ids", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -177,6 +177,7 @@ class Sequence:
         deadline: float | None = None,
         stream: bool = False,
         endpoint: str | None = None,
+        client: str = "",
     ) -> None:
         if kind == "generate" and parameters is None:
             raise ValueError("a sequence of kind generate has parameters")
@@ -195,6 +196,8 @@ class Sequence:
         """Whether Token events are wanted."""
         self.endpoint: str = kind if endpoint is None else endpoint
         """The metrics' label: a short fixed word, never anything that a client wrote."""
+        self.client = client
+        """Whose it is, for a fair share; empty where nobody is told apart."""
         # ---- the engine's ----
         self.stage = Stage.NEW
         self.worker = 0
@@ -208,6 +211,11 @@ class Sequence:
     def rows(self) -> int:
         """Rows of the decoder's batch that are set aside for it."""
         return 0 if self.parameters is None else self.parameters.rows
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that wait with it: of the source, and of a given target."""
+        return len(self.source_ids) + (0 if self.target_ids is None else len(self.target_ids))
 
     def __repr__(self) -> str:
         return f"<Sequence {self.kind} {self.stage.value}, {len(self.source_ids)} source tokens>"

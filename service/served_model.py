@@ -60,6 +60,9 @@ class ModelEngine(SubmitsSequences, Protocol):
     def rows_per_sequence(self) -> int:
         """Rows that one input may take at most."""
 
+    def require_room(self, client: str) -> None:
+        """QueueFull or Unavailable if nothing of this client would be taken now."""
+
     def start(self) -> None:
         """Start the thread; returns at once."""
 
@@ -93,6 +96,10 @@ class ServedModel:
         """Unavailable (503) unless the engine takes requests now."""
         if (why := _WHY_NOT_READY.get(self.engine.status)) is not None:
             raise Unavailable(f"{why}; try again in a moment")
+
+    def require_room(self, client: str) -> None:
+        """QueueFull (429) if there is no room in line for anything of this client: told before a body is read."""
+        self.engine.require_room(client)
 
     def require_name(self, name: str | None) -> None:
         """NotFound (404) if a request names another model."""

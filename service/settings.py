@@ -87,6 +87,19 @@ class Settings:
         default=4096,
         metadata=_manual("Inputs that wait at most; more are refused with 429.", low=1),
     )
+    max_queue_tokens: int = field(
+        default=2**20,
+        metadata=_manual(
+            "Source tokens that wait at most, targets to be scored included; more are refused with 429.", low=1
+        ),
+    )
+    max_wait: float = field(
+        default=0.0,
+        metadata=_manual(
+            "Seconds to expect in line at most; what would wait longer is refused with 429; 0 is no limit.",
+            low=0,
+        ),
+    )
     max_inputs: int = field(
         default=1024,
         metadata=_manual("Inputs of one call at most; more are refused with 413.", low=1),

@@ -17,6 +17,7 @@ from typing import TypeAlias
 from service.core import Core
 from service.errors import EngineFailure, Unavailable
 from service.sequence import Sequence
+from service.tally import Tally
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +56,9 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name=f"worker {number}", daemon=True)
 
     @property
-    def waiting(self) -> int:
-        """Sequences that were submitted and that nobody works on yet."""
-        return self.submitted - self._core.scheduler.left_line
+    def left_line(self) -> Tally:
+        """Sequences that were submitted and do not wait any more."""
+        return self._core.scheduler.left_line
 
     @property
     def unfinished(self) -> int:

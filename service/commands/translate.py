@@ -12,8 +12,10 @@ from service.errors import SettingsError, ValidationFailed
 from service.settings import add_arguments, read_settings
 
 _SETTINGS = ("model", "provider", "device_id", "workers", "threads", "spinning", "max_rows", "encode_tokens")
-DEFAULTS = {"max_rows": 256}
-"""What differs from the service's defaults: nobody waits for a single line, so more of them share a step."""
+DEFAULTS = {"max_rows": 256, "max_queue_tokens": 2**62}
+"""What differs from the service's defaults: nobody waits for a single line, so more of them share a step; and what
+waits is bounded in lines, by who reads them.
+"""
 
 _PARAMETERS = (
     "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "early_stopping", "do_sample", "temperature",

@@ -142,6 +142,10 @@ class FakeEngine:
             self.open += sequences
         threading.Thread(target=self._work, args=(sequences,), daemon=True).start()
 
+    def require_room(self, client: str) -> None:
+        if len(self.open) >= self.room:
+            raise QueueFull("the line is full")
+
     def cancel(self, sequences: list[Sequence]) -> None:
         self.cancelled += sequences
         with self._lock:

@@ -145,6 +145,13 @@ def test_a_full_line_is_429_with_retry_after(client: TestClient, engine: FakeEng
         assert int(response.headers["retry-after"]) >= 1
 
 
+def test_when_there_is_no_room_at_all_nothing_is_read(client: TestClient, engine: FakeEngine) -> None:
+    """The refusal is cheap: what would be 400 if it were looked at is 429."""
+    engine.room = 0
+    for path in ("/v1/generate", "/v1/encode", "/v1/classify", "/v1/score"):
+        refusal(client.post(path, content=b"not JSON"), 429, "queue_full")
+
+
 def test_a_body_that_is_too_large_is_413(client: TestClient) -> None:
     """By its declared length, or when it turns out to be."""
     body = b'{"inputs": "' + b"a" * 2**21 + b'"}'

@@ -15,7 +15,7 @@ from service.commands.serve import _announce
 from service.errors import SettingsError
 from service.keys import Entry, Keys, make_key
 from service.settings import Settings
-from tests.service.fake_engine import fake_model
+from tests.service.fake_engine import FakeEngine, fake_model
 from tests.service.test_http_refusals import refusal
 
 ALICE, ALICES = make_key("alice")
@@ -107,6 +107,26 @@ def test_a_key_lets_in_and_its_scheme_has_any_case(client: TestClient) -> None:
         for scheme in ("Bearer", "bearer", "BEARER"):
             answer = client.post("/v1/generate", json={"inputs": "a"}, headers={"Authorization": f"{scheme} {key}"})
             assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/generate", {"inputs": "a"}),
+        ("/v1/generate", {"inputs": "a", "stream": True}),
+        ("/v1/encode", {"inputs": "a"}),
+        ("/v1/score", {"inputs": "a", "targets": "b"}),
+        ("/v1/classify", {"inputs": "a"}),
+    ],
+)
+def test_the_engine_is_told_whose_a_sequence_is(file: Path, path: str, body: dict[str, Any]) -> None:
+    """For a fair share. Without keys nobody is told apart."""
+    engine = FakeEngine()
+    with TestClient(create_app(fake_model(engine, api_key_file=str(file)))) as client:
+        assert client.post(path, json=body, headers=bearer(BOB)).status_code == 200
+    with TestClient(create_app(fake_model(engine))) as client:
+        assert client.post(path, json=body, headers=bearer(BOB)).status_code == 200
+    assert [sequence.client for sequence in engine.received] == ["bob", ""]
 
 
 def test_metrics_may_be_open(file: Path) -> None:

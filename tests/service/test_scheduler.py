@@ -115,7 +115,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def nobody_starves(self) -> None:
         """If rows are free, admitting would take the oldest of all, whatever it costs."""
         if self.waiting and self.scheduler.rows_free:
-            assert self.scheduler._oldest_that_fits(with_rows=True) is self.waiting[0]
+            assert self.scheduler._next_that_fits(with_rows=True) is self.waiting[0]
 
 
 SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
