@@ -1,13 +1,14 @@
 # make serve    serves the default artifact: PORT=8000, ARGS='--max-rows 128'
-# make test     the tests;  make test-slow  those that take minutes
+# make test     the tests;  make test-slow  those that take minutes;  make test-docker  those of the image
 # make check    ruff, mypy, import contracts
+# make lock     deploy/lock anew, after a change of dependencies
 PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 8000
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve test test-slow check clean
+.PHONY: serve test test-slow test-docker check lock clean
 
 serve: $(VENV)/serve.stamp
 	$(VENV)/bin/transduce serve --port $(PORT) $(ARGS)
@@ -17,6 +18,9 @@ test: $(VENV)/test.stamp
 
 test-slow: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+
+test-docker: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest -m docker -rs $(ARGS)
 
 check: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
@@ -35,6 +39,16 @@ $(VENV)/serve.stamp: pyproject.toml | $(VENV)/bin/python
 $(VENV)/test.stamp: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -e '.[cpu,train,test]'
 	touch $@ $(VENV)/serve.stamp
+
+# torch is not in it: its builds are no registry's matter, and no image holds it.
+COMPILE = $(VENV)/bin/uv pip compile --quiet --upgrade --generate-hashes --no-header --no-emit-index-url \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --override deploy/lock/left-out.txt
+
+lock: | $(VENV)/bin/python
+	$(PIP) install uv
+	$(COMPILE) --extra cpu pyproject.toml --output-file deploy/lock/cpu.txt
+	$(COMPILE) --extra gpu pyproject.toml --output-file deploy/lock/gpu.txt
+	echo 'hatchling>=1.27' | $(COMPILE) - --output-file deploy/lock/build.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
