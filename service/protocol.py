@@ -1,10 +1,12 @@
 """HTTP/1.1 on the wire: uvicorn's httptools protocol, with limits on a request's head and this service's error shape.
 
 uvicorn answers what is not HTTP with a line of plain text and sets no limit on headers; here such a request gets the
-contract's JSON (400), and a head longer than `MAX_HEAD_BYTES` is refused (431) before it fills the memory.
+contract's JSON (400), and a head longer than `MAX_HEAD_BYTES` is refused (431) before it fills the memory. A client
+that is slow costs a connection for a bounded time: to send a head, to send a body, to go on reading an answer.
 """
 
 import asyncio
+import logging
 import re
 from typing import Any
 
@@ -18,6 +20,14 @@ MAX_HEAD_BYTES = 64 * 1024
 
 HEAD_SECONDS = 30.0
 """How long a connection may take to send the head of a request."""
+
+BODY_SECONDS = 60.0
+"""How long the body of a request may take after its head."""
+
+STALLED_SECONDS = 60.0
+"""How long a client may take nothing of an answer of which more is waiting than the sockets hold."""
+
+logger = logging.getLogger("transduce.http")
 
 _UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 """An offer to change the protocol, which this server declines by ignoring it. httptools would take the body of such a
@@ -33,6 +43,8 @@ class Protocol(HttpToolsProtocol):
 
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
+    _body_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
     _refused = False
     _in_head = True
 
@@ -44,7 +56,19 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._stop_head_timer()
+        self._stop_body_timer()
+        self._stop_stall_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read what it is sent. Who stops for good is cut off, with all that waits for it."""
+        super().pause_writing()
+        self._stall_timer = self.loop.call_later(STALLED_SECONDS, self._cut_off)
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        self._stop_stall_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Bytes arrived; after a refusal the rest of them is dropped until the client has closed."""
@@ -75,11 +99,13 @@ class Protocol(HttpToolsProtocol):
         """The head is whole."""
         self._in_head = False
         self._stop_head_timer()
+        self._body_timer = self.loop.call_later(BODY_SECONDS, self._refuse_slow_body)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """The body is whole."""
         self._in_head = True
+        self._stop_body_timer()
         super().on_message_complete()
 
     def _start_head_timer(self) -> None:
@@ -91,6 +117,26 @@ class Protocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _stop_body_timer(self) -> None:
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
+
+    def _stop_stall_timer(self) -> None:
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def _cut_off(self) -> None:
+        logger.info("a client took nothing for %g s: its connection is cut", STALLED_SECONDS)
+        self.transport.abort()
+
+    def _refuse_slow_body(self) -> None:
+        if self.cycle is not None and self.cycle.response_complete:
+            self.transport.close()  # it was answered without its body, which nobody needs any more
+            return
+        self._refuse(408, "Request Timeout", "request_timeout", f"the body did not come within {BODY_SECONDS:g} s")
+
     def _count(self, length: int) -> None:
         self._head_bytes += length
         if self._head_bytes > MAX_HEAD_BYTES:
@@ -98,12 +144,14 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what the parser refused in the contract's shape and close."""
-        self._refused = True
         if self._head_bytes > MAX_HEAD_BYTES:
-            status, phrase, kind = 431, "Request Header Fields Too Large", "headers_too_large"
             message = f"the request line and headers pass {MAX_HEAD_BYTES:,} bytes"
+            self._refuse(431, "Request Header Fields Too Large", "headers_too_large", message)
         else:
-            status, phrase, kind, message = 400, "Bad Request", "invalid_request", "this is not an HTTP/1.1 request"
+            self._refuse(400, "Bad Request", "invalid_request", "this is not an HTTP/1.1 request")
+
+    def _refuse(self, status: int, phrase: str, kind: str, message: str) -> None:
+        self._refused = True
         if self.cycle is not None and not self.cycle.response_complete:
             if self.cycle.response_started:
                 self.transport.close()  # nothing can be said in the middle of a response

@@ -5,7 +5,8 @@ again at the end: a draining service could not say 503, and a clean end would lo
 
 The life, by signals: the first SIGTERM or SIGINT makes the engine refuse what is new (503, the listener stays open) and
 finish what it has; when that is done, or after `drain_seconds`, connections and listener close, status 0. A second
-signal ends the process at once, status 128 + its number.
+signal ends it now: what is unfinished is answered with 503, as far as clients take it within `HURRIED_SECONDS`; status
+128 + its number. A third one does not even wait for that.
 """
 
 import asyncio
@@ -28,6 +29,9 @@ logger = logging.getLogger("transduce.server")
 
 KEEP_ALIVE_SECONDS = 75
 """An idle connection is kept longer than a load balancer's usual 60 s: this side must not be the first to close."""
+
+HURRIED_SECONDS = 1.0
+"""What a second signal leaves for answers."""
 
 _BACKLOG = 2048
 
@@ -93,6 +97,7 @@ class _Life:
         self._engine = engine
         self._settings = settings
         self._stopping = asyncio.Event()
+        self._hurried = False
         self._status = 0
 
     async def run(self, listener: socket.socket) -> int:
@@ -117,9 +122,14 @@ class _Life:
 
     def _on_signal(self, number: int) -> None:
         name = signal.Signals(number).name
-        if self._stopping.is_set():
-            logger.warning("%s again: ending at once", name)
+        if self._hurried:
             os._exit(128 + number)
+        if self._stopping.is_set():
+            logger.warning("%s again: ending now, what is unfinished is answered with 503", name)
+            self._hurried, self._status = True, 128 + number
+            self._engine.drain(0)
+            asyncio.get_running_loop().call_later(HURRIED_SECONDS, os._exit, self._status)
+            return
         logger.info("%s: draining, for %g s at most; send it again to end at once", name, self._settings.drain_seconds)
         self._stopping.set()
 

@@ -127,17 +127,35 @@ def test_what_is_not_finished_in_time_is_answered_too() -> None:
         assert program.status(10) == 0
 
 
-def test_a_second_signal_ends_at_once() -> None:
-    """With the status of a killed process; SIGINT does as SIGTERM does."""
+def test_a_second_signal_ends_at_once_and_answers_what_it_can() -> None:
+    """With the status of a killed process; SIGINT does as SIGTERM does. Who waits is told."""
     with Program() as program:
         program.load()
         slow = Background(program.url, {"inputs": "a" * 40})
         until_submitted(program.url, 1)
         program.signal(signal.SIGINT)
         until(program.url, "/readyz", 503)
+        began = time.monotonic()
         program.signal(signal.SIGTERM)
         assert program.status(10) == 128 + signal.SIGTERM
-        assert slow.status() is None
+        assert time.monotonic() - began < 5
+        assert slow.status() == 503
+
+
+def test_after_a_second_signal_nobody_keeps_the_process() -> None:
+    """Not one who never finishes sending; and a third signal waits for nothing."""
+    for signals in ([signal.SIGTERM, signal.SIGTERM], [signal.SIGTERM, signal.SIGTERM, signal.SIGINT]):
+        with Program("--drain-seconds", "60") as program:
+            program.load()
+            with socket.create_connection(("127.0.0.1", program.port)) as connection:
+                connection.sendall(b"POST /v1/generate HTTP/1.1\r\nContent-Length: 100\r\n\r\n{")
+                time.sleep(0.2)
+                began = time.monotonic()
+                for number in signals:
+                    program.signal(number)
+                    time.sleep(0.2)
+                assert program.status(10) == 128 + signals[-1]
+                assert time.monotonic() - began < 5
 
 
 def test_a_signal_while_loading_ends_at_once_and_well() -> None:

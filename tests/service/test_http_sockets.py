@@ -1,5 +1,6 @@
 """What only real sockets show: large bodies, clients that leave, what is no HTTP. A real server in a thread."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -171,6 +172,45 @@ def test_a_head_that_never_ends_is_closed(server: RunningServer, monkeypatch: py
     """A slow client costs a socket for a bounded time."""
     monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
     assert exchange(server.port, b"GET /healthz HTTP/1.1\r\nX: ") == b""
+
+
+def test_a_body_that_never_ends_is_408(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the one shape; the connection is closed, and others are answered meanwhile."""
+    monkeypatch.setattr(protocol, "BODY_SECONDS", 0.3)
+    for path in (b"/v1/generate", b"/healthz"):
+        answer = exchange(server.port, b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{" % path)
+        assert answer.count(b"HTTP/1.1 408 ") == (path != b"/healthz")
+    assert b'"request_timeout"' in exchange(server.port, post(b"")[:-4].replace(b": 0", b": 9") + b"\r\n\r\n{")
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
+def test_who_never_reads_an_answer_is_cut_off(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for it is given up. (With small buffers: here the kernel takes megabytes for a client that sleeps.)"""
+    monkeypatch.setattr(protocol, "STALLED_SECONDS", 0.3)
+    told: list[object] = []
+    monkeypatch.setattr(protocol.logger, "info", lambda *words: told.append(words[0]))
+    made = protocol.Protocol.connection_made
+
+    def with_small_buffers(self: protocol.Protocol, transport: Any) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        made(self, transport)
+
+    monkeypatch.setattr(protocol.Protocol, "connection_made", with_small_buffers)
+    body = b'{"inputs": [%s], "pooling": "none"}' % b", ".join([b'"%s"' % (b"a" * 60)] * 1000)
+    request = post(body, "Connection: close").replace(b"/v1/generate", b"/v1/encode")
+    with socket.socket() as connection:
+        connection.settimeout(10)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before it is told to the other side
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(request)
+        time.sleep(3.0)
+        received = 0
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(1 << 16):
+                received += len(piece)
+    whole = len(exchange(server.port, request))
+    assert 0 < received < whole
+    assert told == ["a client took nothing for %g s: its connection is cut"]
 
 
 def test_an_offer_of_another_protocol_is_ignored(server: RunningServer) -> None:
