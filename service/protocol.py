@@ -63,7 +63,7 @@ class Protocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The client does not read what it is sent. Who stops for good is cut off, with all that waits for it."""
         super().pause_writing()
-        self._stall_timer = self.loop.call_later(STALLED_SECONDS, self._cut_off)
+        self._watch_for_progress()
 
     def resume_writing(self) -> None:
         """It reads again."""
@@ -127,7 +127,15 @@ class Protocol(HttpToolsProtocol):
             self._stall_timer.cancel()
             self._stall_timer = None
 
-    def _cut_off(self) -> None:
+    def _watch_for_progress(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._stall_timer = self.loop.call_later(STALLED_SECONDS, self._cut_off_unless_less, left)
+
+    def _cut_off_unless_less(self, left: int) -> None:
+        # Writing resumes when the buffer is almost empty. A long answer may take its time, as long as it moves.
+        if self.transport.get_write_buffer_size() < left:
+            self._watch_for_progress()
+            return
         logger.info("a client took nothing for %g s: its connection is cut", STALLED_SECONDS)
         self.transport.abort()
 
