@@ -14,7 +14,7 @@ from service.errors import StartupError, TransduceError
 
 GROUP = "transduce.commands"
 
-_OWN = ("serve", "translate", "check", "bench")
+_OWN = ("serve", "translate", "check", "bench", "key")
 
 _OF_OTHER_PACKAGES = ("train", "evaluate", "export")
 """Named so that an installation of the service alone can say what they need."""

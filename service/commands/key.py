@@ -2,8 +2,6 @@
 
 import argparse
 
-from service.keys import make_key
-
 
 def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the parser."""
@@ -20,6 +18,8 @@ def register(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the key and its entry."""
+    from service.keys import make_key  # not before it runs: it brings the web framework
+
     key, entry = make_key(arguments.name)
     print(key)
     print(entry)
