@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
 
 from service.batch import Batch, Ints, pad
 from service.decoding import Decoding
-from service.errors import DeadlineExceeded, RequestError
+from service.errors import DeadlineExceeded, EngineFailure, RequestError
 from service.executes import Executes
 from service.ladder import Ladder
 from service.ledger import Ledger
@@ -56,6 +59,15 @@ class Core:
         """Nothing to do."""
         return self.scheduler.idle
 
+    @property
+    def suspect(self) -> bool:
+        """Whether so many calls of the model failed in a row that it has to be examined, and no row is in the way."""
+        return self._ledger.health.suspect and not self.batch.rows
+
+    def trust(self) -> None:
+        """The model was examined and is sound."""
+        self._ledger.health.trust()
+
     def add(self, sequences: Iterable[Sequence]) -> None:
         """Let them wait."""
         self.scheduler.add(sequences)
@@ -95,9 +107,19 @@ class Core:
         self._ledger.post()
         phases["select"].observe(clock() - stepped)
 
+    def recover(self) -> None:
+        """After an exception nobody knows what the buffers hold: those that ran fail, and the rest begins anew."""
+        self._ledger.call_raised("iteration")
+        error = EngineFailure("the engine failed while it worked on this request; the service's log says how")
+        # With nobody at work it was those in line that it failed on, and it would again.
+        self._fail(self.scheduler.all_running() or self.scheduler.all_waiting(), error)
+
     def fail_all(self, error: RequestError) -> None:
         """Answer everyone, waiting or running, with this error, and begin anew with fresh buffers."""
-        for sequence in [*self.scheduler.all_waiting(), *self.scheduler.all_running()]:
+        self._fail([*self.scheduler.all_waiting(), *self.scheduler.all_running()], error)
+
+    def _fail(self, sequences: list[Sequence], error: RequestError) -> None:
+        for sequence in sequences:
             self._ledger.finish(sequence, "error", Failed(error))
         self._decoding.forget()
         self._ledger.report()
@@ -109,39 +131,68 @@ class Core:
         self._decoding.check_integrity(self.scheduler.rows_set_aside)
 
     def _encode(self, group: Group) -> None:
-        now, metrics, ledger = self._clock(), self._metrics, self._ledger
+        now = self._clock()
+        for sequence in group.sequences:
+            sequence.admitted_at = now
+            self._metrics.request_queue_time.observe(now - sequence.submitted_at)
+        self._read(group)
+
+    def _read(self, group: Group) -> None:
+        """Have the model read newcomers. Where that fails each half is tried by itself, down to those it fails on."""
         sequences = group.sequences
         ids, lengths = pad([sequence.source_ids for sequence in sequences], group.length, self._pad_id)
-        for sequence in sequences:
-            sequence.admitted_at = now
-            metrics.request_queue_time.observe(now - sequence.submitted_at)
         try:
-            if group.kind == "generate":
-                self._decoding.begin(sequences, ids, lengths)
-            elif group.kind == "score":
-                self._score(group, ids, lengths)
-            else:
-                read = self.runner.classify if group.kind == "classify" else self.runner.encode
-                memory = read(ids, lengths)
-                for sequence, vectors in zip(sequences, memory, strict=True):
-                    own = vectors[: len(sequence.source_ids)].copy()  # lets go of the padding
-                    ledger.finish(sequence, "stop", Encoded(own, ledger.timings(sequence)))
+            unsound = self._call(group, ids, lengths)
         except Exception:
-            log.exception("the encoder failed on %d sequences padded to %d tokens", len(sequences), group.length)
-            ledger.fail(sequences)
+            log.exception(
+                "the model failed on %d texts padded to %d tokens, for %s", len(sequences), group.length, group.kind
+            )
+            self._ledger.call_raised(group.kind)
+            unsound = None
+        if unsound is None:
+            if len(sequences) == 1:
+                self._ledger.fail(sequences)
+                return
+            middle = len(sequences) // 2
+            for half in (sequences[:middle], sequences[middle:]):
+                self._read(replace(group, sequences=half))
             return
-        valid = int(lengths.sum())
+        self._ledger.judge(group.kind, len(sequences), len(unsound))
+        self._ledger.fail(unsound)
+        valid, metrics = int(lengths.sum()), self._metrics
         metrics.source_tokens.inc(valid)
         metrics.padding_tokens.inc(group.tokens - valid)
         metrics.batch_padding_ratio.observe(1 - valid / group.tokens)
 
-    def _score(self, group: Group, ids: Ints, lengths: Ints) -> None:
+    def _call(self, group: Group, ids: Ints, lengths: Ints) -> list[Sequence]:
+        """One call of the model; those to whom it gave what is no number. Raises what the model does."""
+        if group.kind == "generate":
+            self._decoding.begin(group.sequences, ids, lengths)
+            return []  # a step will tell
+        if group.kind == "score":
+            return self._score(group, ids, lengths)
+        memory = (self.runner.classify if group.kind == "classify" else self.runner.encode)(ids, lengths)
+        unsound = []
+        for sequence, vectors in zip(group.sequences, memory, strict=True):
+            own = vectors[: len(sequence.source_ids)].copy()  # lets go of the padding
+            if np.isfinite(own).all():
+                self._ledger.finish(sequence, "stop", Encoded(own, self._ledger.timings(sequence)))
+            else:
+                unsound.append(sequence)
+        return unsound
+
+    def _score(self, group: Group, ids: Ints, lengths: Ints) -> list[Sequence]:
         targets = [sequence.target_ids or [] for sequence in group.sequences]
         target_ids, _ = pad(targets, group.target_length, self._pad_id)
         log_probabilities, _ = self.runner.score(ids, lengths, target_ids, alignment=False)
+        unsound = []
         for sequence, target, row in zip(group.sequences, targets, log_probabilities, strict=True):
-            scored = Scored(row[: len(target)].tolist(), self._ledger.timings(sequence))
-            self._ledger.finish(sequence, "stop", scored)
+            own = row[: len(target)]
+            if np.isnan(own).any():
+                unsound.append(sequence)
+            else:
+                self._ledger.finish(sequence, "stop", Scored(own.tolist(), self._ledger.timings(sequence)))
+        return unsound
 
     def __repr__(self) -> str:
         return f"<Core {self.scheduler!r}>"

@@ -69,21 +69,29 @@ class Decoding:
             return self._runner.step(batch, self.state, self._k_ladder.rung(min(k, self._k_ladder.last)), logits)
         except Exception:
             log.exception("the decoder failed on a step of %d rows", batch.rows)
+            self._ledger.call_raised("step")
             self._fail_all()
             return None
 
     def take(self, output: StepOutput, oldest_newcomer: int, now: float) -> None:
         """Every sequence takes what the step offers. Rows from `oldest_newcomer` on took their first step."""
         batch = self.batch
+        unsound = self._unsound(output)
         ids = output.ids[:, 0]
         leaving = endings(batch, ids, eos_id=self._special.eos, now=now)
         batch.take(ids, output.log_probabilities[:, 0])
         self._measure(oldest_newcomer, now)
-        for row in batch.streams[: batch.rows].nonzero()[0].tolist():
-            self._ledger.tell(batch.sequences[row], Token(int(ids[row]), float(output.log_probabilities[row, 0])))
         move = Arrangement(batch.sequences)
+        for sequence in unsound:
+            move.leave(sequence)
+        self._ledger.fail(unsound)
+        for row in batch.streams[: batch.rows].nonzero()[0].tolist():
+            if batch.sequences[row] not in move.left:
+                self._ledger.tell(batch.sequences[row], Token(int(ids[row]), float(output.log_probabilities[row, 0])))
         for row, reason in leaving.items():
             sequence = batch.sequences[row]
+            if sequence in move.left:
+                continue
             move.leave(sequence)
             self._answer(sequence, [Result(*batch.result(row), reason)])
         if batch.searching:
@@ -92,6 +100,21 @@ class Decoding:
         for sequence in batch.searching:
             assert sequence.search is not None
             batch.feed(sequence, sequence.search.last_ids)
+
+    def _unsound(self, output: StepOutput) -> list[Sequence]:
+        """The sequences to which the step gave what is no number. Their rows become zero: what is no number would get
+        through every mask to whoever has the place after them.
+
+        The candidates' log-probabilities are relative to the sum over the vocabulary, so the first one shows them all.
+        """
+        batch = self.batch
+        rows = np.flatnonzero(np.isnan(output.log_probabilities[:, 0]))
+        self._ledger.judge("step", batch.rows, rows.size)
+        if not rows.size:
+            return []
+        unsound = list(dict.fromkeys(batch.sequences[row] for row in rows))
+        self.state.wipe([row for sequence in unsound for row in sequence.held])
+        return unsound
 
     def leave(self, sequences: list[Sequence]) -> None:
         """They give up their rows."""
@@ -123,6 +146,8 @@ class Decoding:
         """Every sequence with a search of its own takes its step."""
         ids, log_probabilities = output.ids.tolist(), output.log_probabilities.tolist()
         for sequence in self.batch.searching:
+            if sequence in move.left:
+                continue
             search, held = sequence.search, sequence.held
             assert search is not None
             logits = output.logits[held] if output.logits is not None and search.wants_logits else None
@@ -167,6 +192,12 @@ class Decoding:
                 results = [self._aligned(sequence, result) for result in results]
             except Exception:
                 log.exception("the alignment of a sequence failed")
+                self._ledger.call_raised("align")
+                self._ledger.fail([sequence])
+                return
+            unsound = any(result.alignment is not None and np.isnan(result.alignment).any() for result in results)
+            self._ledger.judge("align", 1, int(unsound))
+            if unsound:
                 self._ledger.fail([sequence])
                 return
         self._ledger.finish(sequence, results[0].reason, Finished(results, self._ledger.timings(sequence)))
@@ -203,6 +234,7 @@ class Decoding:
             self.state.reserve(source=source, target=target)
         except Exception:
             log.exception("the state cannot grow to %d source and %d target positions", source, target)
+            self._ledger.call_raised("allocate")
             self._fail_all()
             return False
         return True

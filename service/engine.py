@@ -21,14 +21,15 @@ from service.core import Core
 from service.errors import StartupError, TooLarge, Unavailable, ValidationFailed
 from service.metrics import Metrics
 from service.processors import Division
-from service.rehearsal import self_test, warm_up
+from service.rehearsal import examine, self_test, warm_up
 from service.runner import Runner
 from service.sequence import GenerateParameters, Sequence
 from service.settings import Settings
 from service.tally import Load
 from service.worker import Worker
 
-Status = Literal["new", "starting", "ready", "draining", "stopped", "failed"]
+Status = Literal["new", "starting", "ready", "failing", "draining", "stopped", "failed"]
+"""`failing`: calls of the model fail, and so does its examination; it may come to be ready again."""
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +69,15 @@ class Engine:
         self._scores = self._aligns = True  # whether the artifact can; known when it is open
         self._opener = threading.Thread(target=self._open, name="engine", daemon=True)
         self._division = Division.of(settings, on_gpu=settings.provider == "cuda")
+        metrics.ready.set_function(lambda: float(self.status == "ready"))
         metrics.num_requests_waiting.set_function(lambda: float(self.waiting))
         metrics.num_tokens_waiting.set_function(lambda: float(self._admission.waiting.tokens))
 
     @property
     def status(self) -> Status:
         """Where it is in its life. `ready` is the only one in which `submit` accepts."""
+        if self._status == "ready" and any(worker.sick for worker in self._workers):
+            return "failing"
         return self._status
 
     @property
@@ -126,8 +130,8 @@ class Engine:
 
     def _require_room(self, load: Load, client: str) -> None:
         """Behind the door."""
-        if self._status != "ready":
-            raise Unavailable(_UNAVAILABLE.get(self._status, f"the model is {self._status}"))
+        if (status := self.status) != "ready":
+            raise Unavailable(_UNAVAILABLE.get(status, f"the model is {status}"))
         self._admission.require_room(load, client, self._clock())
 
     def cancel(self, sequences: list[Sequence]) -> None:
@@ -191,7 +195,8 @@ class Engine:
             return
         with self._door:
             self._workers = [
-                Worker(core, number, clock=self._clock, on_end=self._ended) for number, core in enumerate(cores)
+                Worker(core, number, clock=self._clock, examine=examine, on_end=self._ended)
+                for number, core in enumerate(cores)
             ]
             for worker in self._workers:
                 if self._drain_deadline is not None:
@@ -296,6 +301,7 @@ _CANNOT = (
 _UNAVAILABLE = {
     "new": "the model is not loaded yet",
     "starting": "the model is being loaded",
+    "failing": "the model fails at whatever it is given",
     "draining": "the service is shutting down",
     "stopped": "the service has stopped",
     "failed": "the model could not be loaded",

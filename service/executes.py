@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from service.artifact import Manifest
+from service.artifact import Manifest, VariantName
 from service.batch import Batch, Ints, StepOutput
 from service.ladder import Ladder
 from service.sequence import Floats
@@ -17,6 +17,22 @@ class Executes(Protocol):
     @property
     def manifest(self) -> Manifest:
         """Of the artifact whose graphs it runs."""
+
+    @property
+    def variant(self) -> VariantName:
+        """Which of the artifact's variants it runs."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether there is a decoder."""
+
+    @property
+    def scores(self) -> bool:
+        """Whether there is a scorer."""
+
+    @property
+    def aligns(self) -> bool:
+        """Whether the scorer gives alignments."""
 
     def new_state(self, *, max_rows: int, source: Ladder, target: Ladder) -> State:
         """Empty buffers."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from service.errors import EngineFailure
+from service.health import Health
 from service.metrics import Metrics
 from service.scheduler import Scheduler
 from service.sequence import Encoded, Event, Failed, Finished, Scored, Sequence, Stage, Timings
@@ -24,6 +25,7 @@ class Ledger:
     def __init__(self, scheduler: Scheduler, state: State, metrics: Metrics, clock: Callable[[], float]) -> None:
         self.metrics = metrics
         self.clock = clock
+        self.health = Health()
         self._scheduler = scheduler
         self._state = state
         self._events: list[tuple[Sequence, Event]] = []
@@ -46,6 +48,21 @@ class Ledger:
             self.tell(sequence, event)
         if isinstance(event, (Finished, Encoded, Scored)):
             self.metrics.e2e_request_latency.observe(event.timings.total)
+
+    def judge(self, call: str, inputs: int, unsound: int) -> None:
+        """A call of the model for so many inputs gave to so many what is no number."""
+        if unsound:
+            self.metrics.count_call_failure(call)
+            log.error("the model gave no number to %d of %d inputs of a call for %s", unsound, inputs, call)
+        if unsound < inputs:
+            self.health.succeeded(call)
+        else:
+            self.health.failed(call)
+
+    def call_raised(self, call: str) -> None:
+        """A call of the model raised."""
+        self.metrics.count_call_failure(call)
+        self.health.failed(call)
 
     def fail(self, sequences: Iterable[Sequence]) -> None:
         """What was being done with these failed. Those that have come to an end already are passed over."""

@@ -64,6 +64,11 @@ class Metrics:
         self.source_tokens = self._counter("source_tokens", "Source tokens encoded, padding not counted.")
         self.generated_tokens = self._counter("generated_tokens", "Tokens generated, end tokens included.")
         self.padding_tokens = self._counter("padding_tokens", "Source tokens encoded that were only padding.")
+        self.ready = self._gauge("ready", "1 while the model takes requests, else 0.")
+        self._call_failures = Counter(
+            "transduce_model_call_failures", "Calls of the model that raised, or gave what is no number, by what for.",
+            ("model_name", "call"), registry=registry,
+        )  # fmt: skip
         self.state_growths = self._counter("state_growths", "Times that a larger capacity made the state be copied.")
         self._requests = Counter(
             "transduce_requests", "Requests accepted that came to an end, by how.",
@@ -116,6 +121,10 @@ class Metrics:
     def count_finished(self, endpoint: str, finish_reason: str) -> None:
         """An accepted request came to an end."""
         self._requests.labels(self.model_name, endpoint, finish_reason).inc()
+
+    def count_call_failure(self, call: str) -> None:
+        """A call of the model failed: for generate, encode, classify or score, or a step."""
+        self._call_failures.labels(self.model_name, call).inc()
 
     def count_failure(self, error_type: str, requests: int = 1) -> None:
         """Requests were answered with an error. Whoever answers counts: the HTTP layer, not the engine."""

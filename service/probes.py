@@ -19,9 +19,22 @@ METRICS_PATH = "/metrics"
 def add_probes(app: FastAPI, model: ServedModel) -> None:
     """Add /healthz, /readyz, /metrics and /."""
 
-    @app.get("/healthz", tags=["operations"], operation_id="healthz", summary="Alive")
-    async def healthz() -> Health:
-        """200 while the process answers at all."""
+    @app.get(
+        "/healthz",
+        tags=["operations"],
+        operation_id="healthz",
+        summary="Alive",
+        response_model=Health,
+        responses={503: {"model": ErrorResponse, "description": "The model fails at whatever it is given."}},
+    )
+    async def healthz(request: Request) -> Response | Health:
+        """200 while the process answers and its model computes; 503 when calls of the model fail again and again and
+        it fails its self-test too, so that a new process is called for.
+        """
+        try:
+            model.require_alive()
+        except Unavailable as error:
+            return problem_response(error, request.state.request_id)
         return Health(status="alive")
 
     @app.get(

@@ -1,19 +1,23 @@
-"""The rehearsal before a service is ready: the self-test of the manifest, and a warm-up over shapes.
+"""The rehearsal before a service is ready: the self-test of the manifest, and a warm-up over shapes. And the
+examination of a model whose calls fail.
 
 The self-test compares token ids, so it tells whether this machine computes what the export's machine did.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from service.batch import Batch, pad
+from service.core import Core
 from service.errors import ArtifactError
+from service.executes import Executes
 from service.ladder import Ladder
-from service.runner import Runner
 from service.sequence import GenerateParameters, Sequence
 from service.state import State
 
 
-def self_test(runner: Runner, state: State, batch: Batch, ladder: Ladder) -> int:
+def self_test(runner: Executes, state: State, batch: Batch, ladder: Ladder) -> int:
     """Translate or classify the manifest's sentences, each alone, and compare: how many there were. Raises
     ArtifactError.
     """
@@ -39,7 +43,7 @@ def self_test(runner: Runner, state: State, batch: Batch, ladder: Ladder) -> int
     return compared
 
 
-def warm_up(runner: Runner, state: State, batch: Batch, ladder: Ladder, *, encode_tokens: int) -> None:
+def warm_up(runner: Executes, state: State, batch: Batch, ladder: Ladder, *, encode_tokens: int) -> None:
     """Encode a whole budget and then one text of every rung, longest first; score; then steps of many and of few rows.
 
     Allocates what traffic will need, so that the first requests are no slower than the others.
@@ -60,14 +64,35 @@ def warm_up(runner: Runner, state: State, batch: Batch, ladder: Ladder, *, encod
         rows //= 2
 
 
-def _classify(runner: Runner, ladder: Ladder, source_ids: list[int]) -> str:
+def examine(core: Core) -> None:
+    """Whether a model whose calls failed is sound: the self-test, and a call of each kind. No row may be in use.
+
+    Raises whatever is wrong.
+    """
+    runner, state, batch, ladder = core.runner, core.state, core.batch, core.ladder
+    self_test(runner, state, batch, ladder)
+    special = runner.manifest.special_tokens
+    source = pad([[special.eos_id]], ladder.first, special.pad_id)
+    numbers = [runner.encode(*source)[0, 0]]
+    if runner.scores:
+        target_ids, _ = pad([[special.eos_id]], ladder.first, special.pad_id)
+        numbers.append(runner.score(*source, target_ids, alignment=False)[0][0, :1])
+    if runner.generates:
+        _begin(runner, state, batch, ladder, [[special.eos_id]], limit=1)
+        numbers.append(runner.step(batch, state, k=1, logits=False).log_probabilities[0])
+        _end(state, batch)
+    if any(np.isnan(some).any() for some in numbers):
+        raise ArithmeticError("what the model gives is no number")
+
+
+def _classify(runner: Executes, ladder: Ladder, source_ids: list[int]) -> str:
     size = len(source_ids)
     (logits,) = runner.classify(*pad([source_ids], ladder.rung(size), runner.manifest.special_tokens.pad_id))
     return runner.manifest.labels[int(logits[:size].mean(axis=0).argmax())]
 
 
 def _translate(
-    runner: Runner, state: State, batch: Batch, ladder: Ladder, source_ids: list[int], limit: int
+    runner: Executes, state: State, batch: Batch, ladder: Ladder, source_ids: list[int], limit: int
 ) -> list[int]:
     _begin(runner, state, batch, ladder, [source_ids], limit)
     eos_id = runner.manifest.special_tokens.eos_id
@@ -82,7 +107,7 @@ def _translate(
     return ids
 
 
-def _begin(runner: Runner, state: State, batch: Batch, ladder: Ladder, sources: list[list[int]], limit: int) -> None:
+def _begin(runner: Executes, state: State, batch: Batch, ladder: Ladder, sources: list[list[int]], limit: int) -> None:
     length = ladder.rung(max(map(len, sources)))
     state.reserve(source=length)
     runner.encode_into(state, *pad(sources, length, runner.manifest.special_tokens.pad_id))

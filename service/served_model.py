@@ -32,6 +32,7 @@ _WHY_NOT_READY: dict[Status, str] = {
     "starting": "the model is being loaded",
     "draining": "the server is shutting down",
     "stopped": "the server is shutting down",
+    "failing": "the model fails at whatever it is given, its self-test included; the service's log says how",
     "failed": "the engine has failed",
 }
 
@@ -96,6 +97,11 @@ class ServedModel:
         """Unavailable (503) unless the engine takes requests now."""
         if (why := _WHY_NOT_READY.get(self.engine.status)) is not None:
             raise Unavailable(f"{why}; try again in a moment")
+
+    def require_alive(self) -> None:
+        """Unavailable (503) if only a new process can be expected to help."""
+        if (status := self.engine.status) in ("failing", "failed"):
+            raise Unavailable(_WHY_NOT_READY[status])
 
     def require_room(self, client: str) -> None:
         """QueueFull (429) if there is no room in line for anything of this client: told before a body is read."""

@@ -2,7 +2,8 @@
 
 Rows are dense at the front, so n rows are the prefix of each buffer. The axis named `source_capacity` or
 `target_capacity` has one length for all rows, which climbs a ladder; climbing is a copy, and is counted. With no row
-left both fall back to their first rung and the memory is given back.
+left both fall back to their first rung and the memory is given back. Memory is asked for in `reserve` (and where a
+device moves rows for the first time), so that nothing else fails for want of it.
 
 What a row holds beyond its own length along a capacity is undefined (finite, never NaN): a graph has to mask it, and
 moves leave it behind. This module knows nothing of attention, of ONNX Runtime, or of what the numbers mean.
@@ -64,12 +65,17 @@ class _Buffer:
     tensor: StateTensor
     dtype: np.dtype[Any]
     row_shape: tuple[int, ...]
-    block: Block
+    lent: Block | None  # None until memory is asked for
     spare: Block | None = None  # where a gather writes, on devices
 
     @property
     def row_nbytes(self) -> int:
         return math.prod(self.row_shape) * self.dtype.itemsize
+
+    @property
+    def block(self) -> Block:
+        assert self.lent is not None, "reserve comes before use"
+        return self.lent
 
 
 class State:
@@ -169,13 +175,16 @@ class State:
     # ---- what changes it ----
 
     def reserve(self, *, source: int = 1, target: int = 1) -> None:
-        """Make the capacities at least so long. Rows keep what they hold.
+        """Make the capacities at least so long, and have memory for all rows. Rows keep what they hold.
 
-        If it raises (no memory), the buffers are unsound until `clear`.
+        If it raises (no memory), the buffers are unsound until `renew`.
         """
         for symbol, length in (("source_capacity", source), ("target_capacity", target)):
             if length > self._capacity[symbol]:
                 self._grow(symbol, self._ladders[symbol].rung(length))
+        for buffer in self._buffers.values():
+            if buffer.lent is None:
+                buffer.lent = self._allocate((self.max_rows, *buffer.row_shape), buffer.dtype)
 
     def append(self, count: int) -> None:
         """Take `count` more rows into use. The encoder wrote their source tensors; recurrent ones become zero."""
@@ -204,6 +213,13 @@ class State:
             self._move(moves, strangers, {"source_capacity": source, "target_capacity": target})
         self.rows = len(rows_from)
 
+    def wipe(self, rows: list[int]) -> None:
+        """Make these rows zero. They may hold what is no number, and whoever gets their place masks by multiplying."""
+        for buffer in self._buffers.values():
+            contents = buffer.block.read()
+            contents[rows] = 0
+            buffer.block.write(contents)
+
     def clear(self) -> None:
         """Drop all rows, fall back to the first rungs, and give memory back."""
         self.rows = 0
@@ -213,13 +229,13 @@ class State:
             self.renew()
 
     def renew(self) -> None:
-        """Replace every buffer by a fresh one: after a failure nobody knows what they hold."""
+        """Give back the memory of every buffer; the next `reserve` asks for fresh one. After a failure nobody knows
+        what they hold."""
         self.rows = 0
         self._generation += 1
         for buffer in self._buffers.values():
-            buffer.spare = None
+            buffer.lent = buffer.spare = None
             buffer.row_shape = _row_shape(buffer.tensor, self._capacity)
-            buffer.block = self._allocate((self.max_rows, *buffer.row_shape), buffer.dtype)
 
     def _move(self, moves: list[tuple[int, int]], strangers: Set[int], used: dict[str, int]) -> None:
         """Copy rows on the host, up to the length in use. One by one: twice as fast as in one call."""
@@ -239,10 +255,11 @@ class State:
             if symbol not in buffer.tensor.shape:
                 continue
             buffer.spare = None
-            old = buffer.block
+            old, buffer.lent = buffer.lent, None
             buffer.row_shape = _row_shape(buffer.tensor, self._capacity)
-            buffer.block = self._allocate((self.max_rows, *buffer.row_shape), buffer.dtype)
             if self.rows:
+                assert old is not None
+                buffer.lent = self._allocate((self.max_rows, *buffer.row_shape), buffer.dtype)
                 former, contents = old.read()[: self.rows], buffer.block.read()
                 contents[tuple(map(slice, former.shape))] = former
                 buffer.block.write(contents)
@@ -258,7 +275,7 @@ class State:
         self._gather(self, rows_from, list(buffers))
         for buffer in buffers.values():
             assert buffer.spare is not None
-            buffer.block, buffer.spare = buffer.spare, buffer.block
+            buffer.lent, buffer.spare = buffer.spare, buffer.lent
         sources, others = self._swapped
         self._swapped = (sources != with_sources, not others)
 

@@ -2,6 +2,9 @@
 
 The thread repeats the core's iteration while there is work, and blocks on the queue only when there is none. Nothing
 on its way takes a lock.
+
+When calls of the model fail again and again, either the inputs are to blame or the model is, and the thread has it
+examined. If it is sound, work goes on; if not, the worker is sick, and has it examined again from time to time.
 """
 
 from __future__ import annotations
@@ -15,11 +18,14 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from service.core import Core
-from service.errors import EngineFailure, Unavailable
+from service.errors import Unavailable
 from service.sequence import Sequence
 from service.tally import Tally
 
 log = logging.getLogger(__name__)
+
+EXAMINE_SECONDS = 5.0
+"""Between two examinations of a sick model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +49,23 @@ _Command: TypeAlias = _Submit | _Cancel | _Drain
 class Worker:
     """Runs one core. Its methods may be called from any thread but its own; who calls `submit` sees to the order."""
 
-    def __init__(self, core: Core, number: int, *, clock: Callable[[], float], on_end: Callable[[], None]) -> None:
-        """`on_end` is called on the worker's thread before it looks at its queue for the last time: from then on
-        nothing must be submitted."""
+    def __init__(
+        self,
+        core: Core,
+        number: int,
+        *,
+        clock: Callable[[], float],
+        examine: Callable[[Core], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        """`examine` raises if the core's model is not sound. `on_end` is called on the worker's thread before it looks
+        at its queue for the last time: from then on nothing must be submitted."""
         self.submitted = 0
         """Sequences ever; written by the caller of `submit`."""
+        self.sick = False
+        """Whether it had better get nothing to do; written by its thread."""
+        self._examine = examine
+        self._lost_count = False  # the books do not balance: only a new process helps
         self._core = core
         self._clock = clock
         self._on_end = on_end
@@ -92,13 +110,16 @@ class Worker:
 
     def _run(self) -> None:
         core = self._core
-        while self._take_commands():
+        while True:
             try:
+                if not self._take_commands():
+                    break
                 core.iterate()
             except Exception:
                 log.exception("an iteration failed; everything it was working on is answered with an error")
-                error = EngineFailure("the engine failed while it worked on this request; the service's log says how")
-                core.fail_all(error)
+                core.recover()
+            if core.suspect and not self.sick:
+                self._look_after()
         self._on_end()
         self._take_what_is_left()
         core.fail_all(Unavailable("the service stopped before this request's turn was over"))
@@ -108,12 +129,39 @@ class Worker:
         core = self._core
         blocks = core.idle and self._drain_deadline is None
         if blocks:
-            core.check_integrity()
-            self._obey(self._commands.get())
+            self._check_integrity()
+            try:
+                ill = self.sick and not self._lost_count
+                self._obey(self._commands.get(timeout=EXAMINE_SECONDS if ill else None))
+            except queue.Empty:
+                self._look_after()
         self._take_what_is_left()
         if self._drain_deadline is None:
             return True
         return not core.idle and self._clock() < self._drain_deadline
+
+    def _check_integrity(self) -> None:
+        if self._lost_count:
+            return
+        try:
+            self._core.check_integrity()
+        except RuntimeError:
+            log.exception("rows were lost or counted twice; this process should be replaced")
+            self._lost_count = self.sick = True
+
+    def _look_after(self) -> None:
+        """Have the model examined; whether it is sound decides whether this worker is sick."""
+        core = self._core
+        try:
+            self._examine(core)
+        except Exception:
+            log.exception("calls of the model failed in a row, and it fails its examination too")
+            core.fail_all(Unavailable("the model fails at whatever it is given; try again in a moment"))
+            self.sick = True
+            return
+        log.warning("calls of the model failed in a row, but it is sound: the fault lies in what it was given")
+        core.trust()
+        self.sick = self._lost_count
 
     def _take_what_is_left(self) -> None:
         try:

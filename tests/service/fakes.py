@@ -86,6 +86,7 @@ class FakeRunner:
 
     manifest = MANIFEST
     variant = "cpu"
+    generates = scores = aligns = True
 
     def __init__(self) -> None:
         self.fail: set[str] = set()
@@ -176,6 +177,10 @@ class Client:
     def encode(self, source_ids: list[int], **options: object) -> Sequence:
         """A sequence of kind encode."""
         return self._make(source_ids, kind="encode", **options)
+
+    def classify(self, source_ids: list[int], **options: object) -> Sequence:
+        """A sequence of kind classify."""
+        return self._make(source_ids, kind="classify", **options)
 
     def last(self, sequence: Sequence) -> Event | None:
         """The last event, None if there was none yet."""

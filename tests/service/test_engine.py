@@ -21,6 +21,7 @@ from service.errors import (
     Unavailable,
     ValidationFailed,
 )
+from service.health import TOLERATED
 from service.sequence import Failed, Finished, Sequence
 from service.settings import Settings
 from tests.service.fakes import (
@@ -269,6 +270,106 @@ def test_an_error_of_our_own_does_not_end_the_engine_either(bench: Bench, monkey
     assert isinstance(bench.client.error(failing), EngineFailure)
     assert bench.client.result(served).ids == says([3], 3)
     wait_for(lambda: books(bench.metrics) == {"finished": 2, "running": 0, "waiting": 0})
+
+
+def test_a_model_that_fails_at_everything_takes_the_engine_out_of_service(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After some failures in a row it is examined; it refuses until an examination finds it sound again."""
+    monkeypatch.setattr("service.worker.EXAMINE_SECONDS", 0.05)
+    bench.runner.fail = {"step"}
+    for count in range(TOLERATED):
+        assert bench.engine.status == "ready", count
+        failing = bench.client.generate([3], 3)
+        bench.engine.submit([failing])
+        bench.await_end(failing)
+        assert isinstance(bench.client.error(failing), EngineFailure)
+    wait_for(lambda: bench.engine.status == "failing")
+    assert sample(bench.metrics, "ready") == 0
+    with pytest.raises(Unavailable, match="fails at whatever it is given"):
+        bench.engine.submit([bench.client.generate([3], 3)])
+    time.sleep(0.2)
+    assert bench.engine.status == "failing"
+    bench.runner.fail = set()
+    wait_for(lambda: bench.engine.status == "ready")
+    assert sample(bench.metrics, "ready") == 1
+    served = bench.client.generate([3], 3)
+    bench.engine.submit([served])
+    bench.await_end(served)
+    assert bench.client.result(served).ids == says([3], 3)
+
+
+@pytest.mark.parametrize("call", ["encode_into", "encode", "score"])
+def test_every_call_of_a_failing_model_is_noticed(bench: Bench, call: str) -> None:
+    """A decoder that works does not hide an encoder or a scorer that does not."""
+    bench.runner.fail = {call}
+    make = {"encode_into": bench.client.generate, "encode": bench.client.encode}.get(
+        call, lambda ids: bench.client.score(ids, [2])
+    )
+    for _ in range(TOLERATED):
+        if call != "encode_into":
+            served = bench.client.generate([3], 3)
+            bench.engine.submit([served])
+            bench.await_end(served)
+            assert bench.client.result(served).ids == says([3], 3)
+        failing = make([3])
+        bench.engine.submit([failing])
+        bench.await_end(failing)
+    wait_for(lambda: bench.engine.status == "failing")
+
+
+def test_those_in_line_for_a_failing_model_may_try_elsewhere(bench: Bench) -> None:
+    """They get 503, not 500: nobody has worked on them."""
+    running = busy(bench)
+    waiting = [bench.client.generate([3], 3) for _ in range(6)]
+    bench.engine.submit(waiting)
+    bench.runner.fail = {"step", "encode_into"}
+    bench.gate.set()
+    bench.await_end(*running, *waiting)
+    wait_for(lambda: bench.engine.status == "failing")
+    assert all(isinstance(bench.client.error(sequence), EngineFailure) for sequence in running)
+    errors = [bench.client.error(sequence) for sequence in waiting]
+    assert {type(error) for error in errors} == {EngineFailure, Unavailable}
+    assert books(bench.metrics) == {"finished": 8, "running": 0, "waiting": 0}
+
+
+def test_inputs_on_which_a_sound_model_fails_do_not_take_it_out_of_service(bench: Bench) -> None:
+    """However often they come: the examination finds the model sound."""
+
+    def fail_on_poison() -> None:
+        assert bench.core is not None
+        if any(66 in sequence.source_ids for sequence in bench.core.batch.sequences):
+            raise RuntimeError("66 is poison")
+
+    bench.runner.before_step = fail_on_poison
+    for _ in range(4 * TOLERATED):
+        failing = bench.client.generate([66], 3)
+        bench.engine.submit([failing])
+        bench.await_end(failing)
+        assert isinstance(bench.client.error(failing), EngineFailure)
+        assert bench.engine.status == "ready"
+    served = bench.client.generate([3], 3)
+    bench.engine.submit([served])
+    bench.await_end(served)
+    assert bench.client.result(served).ids == says([3], 3)
+
+
+def test_lost_rows_take_the_engine_out_of_service_for_good(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its books do not balance: it answers on, says that it had better be replaced, and does not spin."""
+    monkeypatch.setattr("service.worker.EXAMINE_SECONDS", 0.05)
+    assert bench.core is not None
+    bench.core.scheduler.added += 1
+    served = bench.client.generate([3], 3)
+    bench.engine.submit([served])
+    bench.await_end(served)
+    wait_for(lambda: bench.engine.status == "failing")
+    time.sleep(0.2)
+    assert bench.engine.status == "failing"
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.05
+    bench.engine.drain(PATIENCE)
+    assert bench.engine.join(PATIENCE)
 
 
 def test_an_idle_engine_uses_no_processor_time(bench: Bench) -> None:

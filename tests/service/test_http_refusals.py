@@ -160,14 +160,19 @@ def test_a_body_that_is_too_large_is_413(client: TestClient) -> None:
     refusal(client.post("/v1/generate", content=chunks), 413, "too_large")
 
 
-@pytest.mark.parametrize("status", ["new", "starting", "draining", "stopped", "failed"])
+@pytest.mark.parametrize("status", ["new", "starting", "draining", "stopped", "failed", "failing"])
 def test_without_a_ready_engine_it_is_503(client: TestClient, engine: FakeEngine, status: str) -> None:
-    """Loading or leaving: requests and readiness say so, with Retry-After; the process is alive."""
+    """Loading, leaving or failing: requests and readiness say so, with Retry-After. The process is alive, unless its
+    model fails."""
     engine.status = status
     for response in (client.post("/v1/generate", json={"inputs": "a"}), client.get("/readyz")):
         refusal(response, 503, "unavailable")
         assert int(response.headers["retry-after"]) >= 1
-    assert client.get("/healthz").status_code == 200
+    alive = client.get("/healthz")
+    if status in ("failed", "failing"):  # only a new process can be expected to help
+        refusal(alive, 503, "unavailable")
+    else:
+        assert alive.status_code == 200
     assert client.get("/v1/models").status_code == 200
 
 
