@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.routing import request_response
 
 from service import __version__
+from service.admin import ADMIN_PREFIX, add_admin
 from service.body import read_json
 from service.call import Mailbox
 from service.classify import classify
@@ -21,6 +22,7 @@ from service.encode import encode
 from service.generate import generate
 from service.keys import Gate, Keys
 from service.middleware import Envelope, Linger
+from service.models import Models
 from service.openapi import DESCRIPTION, describe, operation
 from service.probes import HEALTH_PATHS, METRICS_PATH, add_probes
 from service.problem import add_problem_handlers, validation_failed
@@ -36,7 +38,6 @@ from service.schemas import (
     ScoreResponse,
 )
 from service.score import score
-from service.served_model import ServedModel
 
 Asked = TypeVar("Asked", GenerateRequest, EncodeRequest, ClassifyRequest, ScoreRequest)
 
@@ -44,8 +45,8 @@ _KEEP_ALIVE_BODY = 64 * 1024
 """An unread body up to this long (bytes) is left to the server, which skips it and keeps the connection."""
 
 
-def create_app(model: ServedModel) -> FastAPI:
-    """An application that serves `model`; it answers 503 until the model's engine is ready. Raises SettingsError."""
+def create_app(models: Models) -> FastAPI:
+    """An application that serves `models`; it answers 503 until their engines are ready. Raises SettingsError."""
     app = FastAPI(
         title="Transduce",
         version=__version__,
@@ -58,14 +59,24 @@ def create_app(model: ServedModel) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},  # none is set up, and it would be looked for
     )
     app.router.route_class = _Route
-    app.state.keys = Keys(model.settings.api_keys, model.settings.api_key_file)
-    without_key = HEALTH_PATHS | ({METRICS_PATH} if model.settings.metrics_without_key else frozenset())
-    app.add_middleware(Gate, keys=app.state.keys, metrics=model.metrics, open_paths=without_key)
+    settings = models.settings
+    app.state.keys = Keys(settings.api_keys, settings.api_key_file)
+    admin_keys = Keys(settings.admin_keys, settings.admin_key_file, flag="--admin-key")
+    without_key = HEALTH_PATHS | ({METRICS_PATH} if settings.metrics_without_key else frozenset())
+    app.add_middleware(
+        Gate,
+        keys=app.state.keys,
+        metrics=models.metrics(None),
+        open_paths=without_key,
+        other_keys={ADMIN_PREFIX: admin_keys} if admin_keys.required else {},
+    )
     app.add_middleware(Linger, keep_alive_bytes=_KEEP_ALIVE_BODY)
-    app.add_middleware(Envelope, metrics=model.metrics, leaving=lambda: model.engine.status in ("draining", "stopped"))
-    add_problem_handlers(app, model.metrics)
-    _add_model_routes(app, model)
-    add_probes(app, model)
+    app.add_middleware(Envelope, metrics=models.metrics, leaving=lambda: models.status in ("draining", "stopped"))
+    add_problem_handlers(app, models.metrics)
+    _add_model_routes(app, models)
+    add_probes(app, models)
+    if admin_keys.required:
+        add_admin(app, models)
     add_documentation(app)
     describe(app)
     return app
@@ -90,7 +101,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
 
 
-def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
+def _add_model_routes(app: FastAPI, models: Models) -> None:
     @app.post("/v1/generate", **operation("generate", "Text to text", GenerateRequest, GenerateResponse))
     async def post_generate(request: Request) -> Response:
         """Translate, correct, transcribe: whatever the model turns one text into.
@@ -98,47 +109,51 @@ def _add_model_routes(app: FastAPI, model: ServedModel) -> None:
         One output per input, in order. Greedy decoding by default; `parameters` asks for beams, sampling, several
         sequences and more. With `stream` the answer comes as server-sent events.
         """
-        asked = await _asked(request, model, GenerateRequest)
-        return await generate(model, app.state.mailbox, asked, request)
+        asked = await _asked(request, models, GenerateRequest)
+        with models.borrow(asked.model) as model:
+            return await generate(model, app.state.mailbox, asked, request)
 
     @app.post("/v1/encode", **operation("encode", "Text to vectors", EncodeRequest, EncodeResponse))
     async def post_encode(request: Request) -> Response:
         """The encoder's vectors of each text, pooled to one or token by token."""
-        asked = await _asked(request, model, EncodeRequest)
-        return await encode(model, app.state.mailbox, asked, request)
+        asked = await _asked(request, models, EncodeRequest)
+        with models.borrow(asked.model) as model:
+            return await encode(model, app.state.mailbox, asked, request)
 
     @app.post("/v1/score", **operation("score", "How probable a text is", ScoreRequest, ScoreResponse))
     async def post_score(request: Request) -> Response:
         """The log-probability of each target, given its input: what a beam search would have added up for it."""
-        asked = await _asked(request, model, ScoreRequest)
-        return await score(model, app.state.mailbox, asked, request)
+        asked = await _asked(request, models, ScoreRequest)
+        with models.borrow(asked.model) as model:
+            return await score(model, app.state.mailbox, asked, request)
 
     @app.post("/v1/classify", **operation("classify", "Text to labels", ClassifyRequest, ClassifyResponse))
     async def post_classify(request: Request) -> Response:
         """The labels of each text with their probabilities, from a model that was trained to classify."""
-        asked = await _asked(request, model, ClassifyRequest)
-        return await classify(model, app.state.mailbox, asked, request)
+        asked = await _asked(request, models, ClassifyRequest)
+        with models.borrow(asked.model) as model:
+            return await classify(model, app.state.mailbox, asked, request)
 
     @app.get(
         "/v1/models", response_model=ModelList, tags=["models"], operation_id="models", summary="The models served here"
     )
     async def get_models() -> Any:
         """The models that this server has, with their limits, data, licence and figures."""
-        return ModelList(data=[model.card()])
+        return ModelList(data=[model.card() for model in models])
 
 
-async def _asked(request: Request, model: ServedModel, schema: type[Asked]) -> Asked:
+async def _asked(request: Request, models: Models, schema: type[Asked]) -> Asked:
     """The body of a request, checked. Readiness and room come first: a server that cannot answer reads
     nothing, and refuses in a fraction of the time.
     """
-    model.require_ready()
-    model.require_room(request.state.client)
-    body = await read_json(request, model.settings.max_body_bytes)
+    models.require_room(request.state.client)
+    body = await read_json(request, models.settings.max_body_bytes)
     if isinstance(body, dict) and isinstance(inputs := body.get("inputs"), list):
-        model.require_input_count(len(inputs))  # before a million of them are looked at
+        models.require_input_count(len(inputs))  # before a million of them are looked at
     try:
         asked = schema.model_validate(body)
     except ValidationError as error:
         raise validation_failed(error) from None
     request.state.inputs = len(asked.inputs)
+    request.state.model = models.named(asked.model).name
     return asked

@@ -15,7 +15,6 @@ from service.vectors import probabilities
 
 async def classify(model: ServedModel, mailbox: Mailbox, asked: ClassifyRequest, request: Request) -> Response:
     """Answer one request. An empty text is its end token alone. Without labels the engine refuses it."""
-    model.require_name(asked.model)
     deadline = model.deadline(None)
     sources = await model.source_ids(dict(enumerate(asked.inputs)), truncate=asked.truncate)
     with Call(model.engine, mailbox, request.state.client) as call:

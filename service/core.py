@@ -125,6 +125,10 @@ class Core:
         self._ledger.report()
         self._ledger.post()
 
+    def close(self) -> None:
+        """It is no more; only the gauges have to know."""
+        self._ledger.close()
+
     def check_integrity(self) -> None:
         """Raises RuntimeError with the numbers if rows were lost or counted twice."""
         self.scheduler.check_integrity()

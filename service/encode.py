@@ -24,7 +24,6 @@ _INLINE_NUMBERS = 10_000
 
 async def encode(model: ServedModel, mailbox: Mailbox, asked: EncodeRequest, request: Request) -> Response:
     """Answer one request. An empty text is its end token alone."""
-    model.require_name(asked.model)
     deadline = model.deadline(None)
     sources = await model.source_ids(dict(enumerate(asked.inputs)), truncate=asked.truncate)
     source_tokens = sum(map(len, sources.values()))

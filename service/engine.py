@@ -69,9 +69,7 @@ class Engine:
         self._scores = self._aligns = True  # whether the artifact can; known when it is open
         self._opener = threading.Thread(target=self._open, name="engine", daemon=True)
         self._division = Division.of(settings, on_gpu=settings.provider == "cuda")
-        metrics.ready.set_function(lambda: float(self.status == "ready"))
-        metrics.num_requests_waiting.set_function(lambda: float(self.waiting))
-        metrics.num_tokens_waiting.set_function(lambda: float(self._admission.waiting.tokens))
+        metrics.follow(self)
 
     @property
     def status(self) -> Status:
@@ -86,9 +84,15 @@ class Engine:
         return self._division.rows
 
     @property
-    def waiting(self) -> int:
-        """Sequences that were accepted and that nobody works on yet."""
-        return self._admission.waiting.inputs
+    def ready(self) -> bool:
+        """Whether `submit` accepts."""
+        return self.status == "ready"
+
+    @property
+    def line(self) -> tuple[int, int]:
+        """How many sequences were accepted and nobody works on yet, and of how many tokens they are."""
+        waiting = self._admission.waiting
+        return waiting.inputs, waiting.tokens
 
     def start(self) -> None:
         """Open the sessions, run the self-test, warm up, and begin to serve, in threads. Returns at once."""
@@ -191,6 +195,7 @@ class Engine:
             self._failure = error
             with self._door:
                 self._status = "failed"
+            self._metrics.leave(self)
             self._decided.set()
             return
         with self._door:
@@ -212,6 +217,7 @@ class Engine:
             self._ended_workers += 1
             if self._ended_workers == len(self._workers):
                 self._status = "stopped"
+                self._metrics.leave(self)
 
     def _open_artifact(self) -> list[Core]:
         settings = self._settings
@@ -225,8 +231,13 @@ class Engine:
         ]
         first = cores[0]
         began = time.monotonic()
-        tests = self_test(runner, first.state, first.batch, first.ladder)
-        warm_up(runner, first.state, first.batch, first.ladder, encode_tokens=settings.encode_tokens)
+        try:
+            tests = self_test(runner, first.state, first.batch, first.ladder)
+            warm_up(runner, first.state, first.batch, first.ladder, encode_tokens=settings.encode_tokens)
+        except BaseException:
+            for core in cores:
+                core.close()
+            raise
         state_bytes_limit = sum(core.state.max_nbytes for core in cores)
         self._facts = {
             "provider": runner.variant,

@@ -6,6 +6,7 @@
     │   ├── Unauthorized       401
     │   ├── NotFound           404
     │   ├── MethodNotAllowed   405
+    │   ├── Conflict           409
     │   ├── TooLarge           413
     │   ├── ValidationFailed   422
     │   ├── QueueFull          429 + Retry-After
@@ -67,6 +68,13 @@ class MethodNotAllowed(RequestError):
 
     type = "method_not_allowed"
     status = 405
+
+
+class Conflict(RequestError):
+    """What is asked for is under way already, or at odds with what is."""
+
+    type = "conflict"
+    status = 409
 
 
 class TooLarge(RequestError):

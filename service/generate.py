@@ -31,7 +31,6 @@ _WEIGHTS_PER_TOKEN = 50
 
 async def generate(model: ServedModel, mailbox: Mailbox, asked: GenerateRequest, request: Request) -> Response:
     """Answer one request. Raises what the contract refuses, before the first byte of an answer."""
-    model.require_name(asked.model)
     if asked.parameters.suppress:  # every token is looked at for each of the texts
         parameters = await asyncio.to_thread(model.generate_parameters, asked.parameters)
     else:

@@ -13,9 +13,10 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -54,12 +55,16 @@ def make_key(client: str) -> tuple[str, Entry]:
 class Keys:
     """The keys in effect. Used on the event loop alone."""
 
-    def __init__(self, listed: str = "", path: str = "", clock: Callable[[], float] = time.monotonic) -> None:
-        """`listed` are entries with commas or spaces between them, `path` the file; empty is none.
+    def __init__(
+        self, listed: str = "", path: str = "", clock: Callable[[], float] = time.monotonic, *, flag: str = "--api-key"
+    ) -> None:
+        """`listed` are entries with commas or spaces between them, `path` the file; empty is none. `flag` is how the
+        flags begin that gave them.
 
         Raises SettingsError for a file that cannot be read or has no entry, and for an entry that is none.
         """
-        self._listed = _entries(re.split(r"[,\s]+", listed), "--api-keys: entry")
+        self._file_flag = f"{flag}-file"
+        self._listed = _entries(re.split(r"[,\s]+", listed), f"{flag}s: entry")
         self._path = Path(path) if path else None
         self._clock = clock
         self._of_file: tuple[Entry, ...] = ()
@@ -67,7 +72,7 @@ class Keys:
         self._looked_at = clock()
         if self._path is not None:
             self._seen = _version(self._path)
-            self._of_file = _read(self._path)
+            self._of_file = _read(self._path, self._file_flag)
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -97,7 +102,7 @@ class Keys:
             return
         self._seen = version
         try:
-            self._of_file = _read(self._path)
+            self._of_file = _read(self._path, self._file_flag)
         except SettingsError as error:
             logger.error("%s; the keys stay as they were", error)
         else:
@@ -109,19 +114,33 @@ class Keys:
 class Gate:
     """Lets nobody in without a key, where keys are required: an ASGI layer around every route but the open ones."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics, open_paths: frozenset[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Keys,
+        metrics: Metrics,
+        open_paths: frozenset[str],
+        other_keys: Mapping[str, Keys] = MappingProxyType({}),
+    ) -> None:
+        """`other_keys`: paths that begin so want a key of these, and no other opens them."""
         self.app = app
         self._keys = keys
+        self._other_keys = other_keys
         self._metrics = metrics
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve or refuse one request; `state.client` is the name of who sent it, empty if nobody is asked."""
-        if scope["type"] != "http" or not self._keys.required or scope["path"] in self._open_paths:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        others = (keys for beginning, keys in self._other_keys.items() if scope["path"].startswith(beginning))
+        keys = next(others, self._keys)
+        if not keys.required or scope["path"] in self._open_paths:
             await self.app(scope, receive, send)
             return
         shown = [value for name, value in scope["headers"] if name == b"authorization"]
-        client = self._keys.client(key) if len(shown) == 1 and (key := _bearer(shown[0])) else None
+        client = keys.client(key) if len(shown) == 1 and (key := _bearer(shown[0])) else None
         if client is None:
             error = Unauthorized(_WRONG if shown else _MISSING)
             self._metrics.count_failure(error.type)
@@ -155,15 +174,15 @@ def _version(path: Path) -> object:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _read(path: Path) -> tuple[Entry, ...]:
+def _read(path: Path, flag: str) -> tuple[Entry, ...]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise SettingsError(f"--api-key-file {path}: {reason}") from None
-    entries = _entries((line.partition("#")[0] for line in text.splitlines()), f"--api-key-file {path}: line")
+        raise SettingsError(f"{flag} {path}: {reason}") from None
+    entries = _entries((line.partition("#")[0] for line in text.splitlines()), f"{flag} {path}: line")
     if not entries:
-        raise SettingsError(f"--api-key-file {path}: there is no key in it; `transduce key NAME` makes one")
+        raise SettingsError(f"{flag} {path}: there is no key in it; `transduce key NAME` makes one")
     return entries
 
 

@@ -36,6 +36,16 @@ class Ledger:
         metrics.state_bytes_limit.inc(state.max_nbytes)
         self.report()
 
+    def close(self) -> None:
+        """The core is no more: take back what it added to the gauges."""
+        metrics, told = self.metrics, self._told
+        metrics.rows_capacity.dec(self._state.max_rows)
+        metrics.state_bytes_limit.dec(self._state.max_nbytes)
+        metrics.num_requests_running.dec(told.running)
+        metrics.rows_in_use.dec(told.rows)
+        metrics.state_bytes.dec(told.state_bytes)
+        self._told = _Levels()
+
     def tell(self, sequence: Sequence, event: Event) -> None:
         """To be posted at the end of the iteration."""
         self._events.append((sequence, event))

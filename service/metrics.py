@@ -9,6 +9,7 @@ import bisect
 import itertools
 import threading
 from collections.abc import Iterator
+from typing import Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -46,14 +47,17 @@ _ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512)
 _RATIO = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-class Metrics:
-    """The metrics of one model. Safe to write from several threads: gauges are told changes, not levels."""
+class Families:
+    """The metrics of a process, on one registry. Each of its models has its own numbers in them: `of`."""
 
-    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+    def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.model_name = model_name
+        self._models: dict[str, Metrics] = {}
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
+        self.ready = self._gauge("ready", "1 while the model takes requests, else 0.")
+        self.model_info = self._gauge("model_info", "1 for the version of the model that is served.", "version")
+        self.model_loads = self._counter("model_loads", "Versions that were loaded, by what came of it.", "outcome")
         self.num_requests_running = self._gauge("num_requests_running", "Requests that are being worked on.")
         self.num_requests_waiting = self._gauge("num_requests_waiting", "Requests that wait in line.")
         self.num_tokens_waiting = self._gauge("num_tokens_waiting", "Tokens of the requests that wait in line.")
@@ -64,100 +68,167 @@ class Metrics:
         self.source_tokens = self._counter("source_tokens", "Source tokens encoded, padding not counted.")
         self.generated_tokens = self._counter("generated_tokens", "Tokens generated, end tokens included.")
         self.padding_tokens = self._counter("padding_tokens", "Source tokens encoded that were only padding.")
-        self.ready = self._gauge("ready", "1 while the model takes requests, else 0.")
-        self._call_failures = Counter(
-            "transduce_model_call_failures", "Calls of the model that raised, or gave what is no number, by what for.",
-            ("model_name", "call"), registry=registry,
-        )  # fmt: skip
-        self.state_growths = self._counter("state_growths", "Times that a larger capacity made the state be copied.")
-        self._requests = Counter(
-            "transduce_requests", "Requests accepted that came to an end, by how.",
-            ("model_name", "endpoint", "finish_reason"), registry=registry,
-        )  # fmt: skip
-        self._failures = Counter(
-            "transduce_request_failures", "Requests answered with an error, refused ones included, by its type.",
-            ("model_name", "type"), registry=registry,
-        )  # fmt: skip
-        self._http = Counter(
-            "transduce_http_requests",
-            "HTTP requests answered.",
-            ("model_name", "endpoint", "status"),
-            registry=registry,
+        self.call_failures = self._counter(
+            "model_call_failures", "Calls of the model that raised, or gave what is no number, by what for.", "call"
         )
+        self.state_growths = self._counter("state_growths", "Times that a larger capacity made the state be copied.")
+        self.requests = self._counter(
+            "requests", "Requests accepted that came to an end, by how.", "endpoint", "finish_reason"
+        )
+        self.failures = self._counter(
+            "request_failures", "Requests answered with an error, refused ones included, by its type.", "type"
+        )
+        self.http = self._counter("http_requests", "HTTP requests answered.", "endpoint", "status")
         self.time_to_first_token = self._histogram(
-            "time_to_first_token_seconds",
-            "From submission to the first token.",
-            _LATENCY,
+            "time_to_first_token_seconds", "From submission to the first token.", _LATENCY
         )
         self.inter_token_latency = WeightedHistogram(
-            "transduce_inter_token_latency_seconds",
-            "Between two tokens of a request.",
-            _STEP,
-            model_name,
+            "transduce_inter_token_latency_seconds", "Between two tokens of a request.", _STEP
         )
         registry.register(self.inter_token_latency)
         self.e2e_request_latency = self._histogram(
-            "e2e_request_latency_seconds",
-            "From submission to the end of a request.",
-            _LATENCY,
+            "e2e_request_latency_seconds", "From submission to the end of a request.", _LATENCY
         )
         self.request_queue_time = self._histogram(
-            "request_queue_time_seconds",
-            "From submission to leaving the line.",
-            _LATENCY,
+            "request_queue_time_seconds", "From submission to leaving the line.", _LATENCY
         )
-        iteration = Histogram(
-            "transduce_iteration_seconds", "Time of an iteration's phases.",
-            ("model_name", "phase"), buckets=_PHASE, registry=registry,
-        )  # fmt: skip
-        self.iteration = {phase: iteration.labels(model_name, phase) for phase in PHASES}
+        self.iteration = self._histogram("iteration_seconds", "Time of an iteration's phases.", _PHASE, "phase")
         self.batch_rows = self._histogram("batch_rows", "Rows of a decoder step.", _ROWS)
         self.batch_padding_ratio = self._histogram(
-            "batch_padding_ratio",
-            "Share of an encoder call's tokens that is padding.",
-            _RATIO,
+            "batch_padding_ratio", "Share of an encoder call's tokens that is padding.", _RATIO
         )
+
+    def of(self, model_name: str) -> Metrics:
+        """The numbers of one model, whatever its version."""
+        if model_name not in self._models:
+            self._models[model_name] = Metrics(self, model_name)
+        return self._models[model_name]
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"transduce_{name}", text, ("model_name", *labels), registry=self.registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"transduce_{name}", text, ("model_name", *labels), registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"transduce_{name}", text, ("model_name", *labels), buckets=buckets, registry=self.registry)
+
+
+class Watched(Protocol):
+    """An engine, as far as gauges look at it when they are asked for."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests."""
+
+    @property
+    def line(self) -> tuple[int, int]:
+        """How many sequences wait, of how many tokens."""
+
+
+class Metrics:
+    """The metrics of one model. Safe to write from several threads: gauges are told changes, not levels.
+
+    While one version takes another's place both engines write here, and what waits is the sum of both.
+    """
+
+    def __init__(self, families: Families, model_name: str) -> None:
+        self.registry = families.registry
+        self.model_name = model_name
+        self._families = families
+        self._engines: list[Watched] = []
+        self._version = ""
+        families.ready.labels(model_name).set_function(lambda: float(any(engine.ready for engine in self._engines)))
+        families.num_requests_waiting.labels(model_name).set_function(
+            lambda: float(sum(engine.line[0] for engine in self._engines))
+        )
+        families.num_tokens_waiting.labels(model_name).set_function(
+            lambda: float(sum(engine.line[1] for engine in self._engines))
+        )
+        self.num_requests_running = families.num_requests_running.labels(model_name)
+        self.rows_in_use = families.rows_in_use.labels(model_name)
+        self.rows_capacity = families.rows_capacity.labels(model_name)
+        self.state_bytes = families.state_bytes.labels(model_name)
+        self.state_bytes_limit = families.state_bytes_limit.labels(model_name)
+        self.source_tokens = families.source_tokens.labels(model_name)
+        self.generated_tokens = families.generated_tokens.labels(model_name)
+        self.padding_tokens = families.padding_tokens.labels(model_name)
+        self.state_growths = families.state_growths.labels(model_name)
+        self.time_to_first_token = families.time_to_first_token.labels(model_name)
+        self.inter_token_latency = families.inter_token_latency.labels(model_name)
+        self.e2e_request_latency = families.e2e_request_latency.labels(model_name)
+        self.request_queue_time = families.request_queue_time.labels(model_name)
+        self.iteration = {phase: families.iteration.labels(model_name, phase) for phase in PHASES}
+        self.batch_rows = families.batch_rows.labels(model_name)
+        self.batch_padding_ratio = families.batch_padding_ratio.labels(model_name)
+
+    def follow(self, engine: Watched) -> None:
+        """Look at this engine from now on."""
+        self._engines.append(engine)
+
+    def leave(self, engine: Watched) -> None:
+        """And no longer at this one."""
+        self._engines = [other for other in self._engines if other is not engine]
+
+    def serve_version(self, version: str) -> None:
+        """This is the version that is served now."""
+        if self._version != version and self._version:
+            self._families.model_info.remove(self.model_name, self._version)
+        self._version = version
+        self._families.model_info.labels(self.model_name, version).set(1)
+
+    def count_load(self, outcome: str) -> None:
+        """A version was loaded and is `served`, or it was `refused`."""
+        self._families.model_loads.labels(self.model_name, outcome).inc()
 
     def count_finished(self, endpoint: str, finish_reason: str) -> None:
         """An accepted request came to an end."""
-        self._requests.labels(self.model_name, endpoint, finish_reason).inc()
+        self._families.requests.labels(self.model_name, endpoint, finish_reason).inc()
 
     def count_call_failure(self, call: str) -> None:
         """A call of the model failed: for generate, encode, classify or score, or a step."""
-        self._call_failures.labels(self.model_name, call).inc()
+        self._families.call_failures.labels(self.model_name, call).inc()
 
     def count_failure(self, error_type: str, requests: int = 1) -> None:
         """Requests were answered with an error. Whoever answers counts: the HTTP layer, not the engine."""
-        self._failures.labels(self.model_name, error_type).inc(requests)
+        self._families.failures.labels(self.model_name, error_type).inc(requests)
 
     def count_http(self, endpoint: str, status: int) -> None:
         """An HTTP request was answered. `endpoint` is a route of ours, never a path that a client made up."""
-        self._http.labels(self.model_name, endpoint, str(status)).inc()
-
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"transduce_{name}", text, ("model_name",), registry=self.registry).labels(self.model_name)
-
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"transduce_{name}", text, ("model_name",), registry=self.registry).labels(self.model_name)
-
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        family = Histogram(
-            f"transduce_{name}",
-            text,
-            ("model_name",),
-            buckets=buckets,
-            registry=self.registry,
-        )
-        return family.labels(self.model_name)
+        self._families.http.labels(self.model_name, endpoint, str(status)).inc()
 
 
 class WeightedHistogram(Collector):
-    """A histogram that takes n equal observations at once: the rows of a step share their latency."""
+    """A histogram by model that takes n equal observations at once: the rows of a step share their latency."""
 
-    def __init__(self, name: str, text: str, buckets: tuple[float, ...], model_name: str) -> None:
-        self._name, self._text, self._model_name = name, text, model_name
-        self._bounds = buckets
-        self._counts = [0] * (len(buckets) + 1)
+    def __init__(self, name: str, text: str, buckets: tuple[float, ...]) -> None:
+        self._name, self._text, self._bounds = name, text, buckets
+        self._children: dict[str, Weights] = {}
+
+    def labels(self, model_name: str) -> Weights:
+        """The observations of one model."""
+        return self._children.setdefault(model_name, Weights(self._bounds))
+
+    def describe(self) -> Iterator[Metric]:
+        """The name, for the registry to refuse another of it."""
+        yield HistogramMetricFamily(self._name, self._text, labels=("model_name",))
+
+    def collect(self) -> Iterator[Metric]:
+        """Cumulative buckets, as the exposition format wants them."""
+        family = HistogramMetricFamily(self._name, self._text, labels=("model_name",))
+        bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        for model_name, weights in list(self._children.items()):
+            counts, total = weights.read()
+            family.add_metric([model_name], list(zip(bounds, counts, strict=True)), total)
+        yield family
+
+
+class Weights:
+    """The observations of one model. Thread-safe."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
         self._sum = 0.0
         self._lock = threading.Lock()
 
@@ -167,14 +238,7 @@ class WeightedHistogram(Collector):
             self._counts[bisect.bisect_left(self._bounds, value)] += times
             self._sum += value * times
 
-    def describe(self) -> Iterator[Metric]:
-        """The name, for the registry to refuse another of it."""
-        yield HistogramMetricFamily(self._name, self._text, labels=("model_name",))
-
-    def collect(self) -> Iterator[Metric]:
-        """Cumulative buckets, as the exposition format wants them."""
-        bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
-        buckets = list(zip(bounds, map(float, itertools.accumulate(self._counts)), strict=True))
-        family = HistogramMetricFamily(self._name, self._text, labels=("model_name",))
-        family.add_metric([self._model_name], buckets, self._sum)
-        yield family
+    def read(self) -> tuple[list[float], float]:
+        """The cumulative counts, and the sum."""
+        with self._lock:
+            return list(map(float, itertools.accumulate(self._counts))), self._sum

@@ -31,8 +31,9 @@ CLIENT_CLOSED = 499
 class Envelope:
     """Gives each request an id, counts and logs its answer, and makes an unexpected exception the contract's 500."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, leaving: Callable[[], bool]) -> None:
-        """`leaving` tells whether the server is shutting down: its clients are then told to close their connections."""
+    def __init__(self, app: ASGIApp, metrics: Callable[[str | None], Metrics], leaving: Callable[[], bool]) -> None:
+        """`metrics` gives those of a model, or, for None, those of what concerns no model. `leaving` tells whether the
+        server is shutting down: its clients are then told to close their connections."""
         self.app = app
         self._metrics = metrics
         self._leaving = leaving
@@ -46,7 +47,7 @@ class Envelope:
         request_id = request_id_of(scope["headers"])
         # A HEAD is answered as the GET it stands for, without the body. A copy: the server's own scope stays as it is.
         scope = dict(scope, method="GET" if method == "HEAD" else method)
-        scope["state"] = dict(scope.get("state") or {}, request_id=request_id, client="")
+        scope["state"] = dict(scope.get("state") or {}, request_id=request_id, client="", model=None)
         started, status = time.perf_counter(), CLIENT_CLOSED
 
         async def send_with_id(message: Message) -> None:
@@ -70,11 +71,11 @@ class Envelope:
             if status != CLIENT_CLOSED:
                 raise  # the response had begun: only closing the connection can tell the client
             error = TransduceError("internal error; the server's log has it under this request_id")
-            self._metrics.count_failure(error.type)
+            self._metrics(scope["state"]["model"]).count_failure(error.type)
             await problem_response(error, request_id)(scope, receive, send_with_id)
         finally:
             endpoint = endpoint_of(scope)
-            self._metrics.count_http(endpoint, status)
+            self._metrics(scope["state"]["model"]).count_http(endpoint, status)
             client = scope["state"]["client"]
             logger.log(
                 logging.INFO if endpoint.startswith("/v1/") else logging.DEBUG,

@@ -6,9 +6,9 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from service.errors import Unavailable
+from service.models import Models
 from service.problem import problem_response
 from service.schemas import ErrorResponse, Health
-from service.served_model import ServedModel
 
 HEALTH_PATHS = frozenset({"/healthz", "/readyz"})
 """Open to everyone: what asks them has no key."""
@@ -16,7 +16,7 @@ HEALTH_PATHS = frozenset({"/healthz", "/readyz"})
 METRICS_PATH = "/metrics"
 
 
-def add_probes(app: FastAPI, model: ServedModel) -> None:
+def add_probes(app: FastAPI, models: Models) -> None:
     """Add /healthz, /readyz, /metrics and /."""
 
     @app.get(
@@ -32,7 +32,7 @@ def add_probes(app: FastAPI, model: ServedModel) -> None:
         it fails its self-test too, so that a new process is called for.
         """
         try:
-            model.require_alive()
+            models.require_alive()
         except Unavailable as error:
             return problem_response(error, request.state.request_id)
         return Health(status="alive")
@@ -46,9 +46,9 @@ def add_probes(app: FastAPI, model: ServedModel) -> None:
         responses={503: {"model": ErrorResponse, "description": "Still loading, or shutting down."}},
     )
     async def readyz(request: Request) -> Response | Health:
-        """200 when the model is loaded and warm; 503 before that, and from the moment the server is told to stop."""
+        """200 when every model is loaded and warm; 503 before that, and from the moment the server is told to stop."""
         try:
-            model.require_ready()
+            models.require_ready()
         except Unavailable as error:
             return problem_response(error, request.state.request_id)
         return Health(status="ready")
@@ -64,7 +64,7 @@ def add_probes(app: FastAPI, model: ServedModel) -> None:
     async def metrics(request: Request) -> Response:
         """Prometheus metrics, in the text format, or OpenMetrics for a client that accepts it."""
         encoder, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encoder(model.metrics.registry), headers={"content-type": content_type})
+        return Response(encoder(models.registry), headers={"content-type": content_type})
 
     @app.get("/", include_in_schema=False)
     async def front_door() -> Response:

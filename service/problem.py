@@ -1,6 +1,7 @@
 """How a failure looks on the wire: one shape for every status from 400 up, the framework's own included."""
 
 import http
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -33,12 +34,12 @@ def problem_response(error: TransduceError, request_id: str, headers: dict[str, 
     return Response(body, error.status, headers=headers, media_type="application/json")
 
 
-def add_problem_handlers(app: FastAPI, metrics: Metrics) -> None:
+def add_problem_handlers(app: FastAPI, metrics: Callable[[str | None], Metrics]) -> None:
     """Make `app` answer its own refusals (unknown route, wrong method) and this service's errors in the one shape."""
 
     def refused(request: Request, error: TransduceError) -> Response:
         # A metric's request is one input of a call; a body that could not be read counts as one.
-        metrics.count_failure(error.type, getattr(request.state, "inputs", 1))
+        metrics(request.state.model).count_failure(error.type, getattr(request.state, "inputs", 1))
         return problem_response(error, request.state.request_id)
 
     async def on_transduce_error(request: Request, error: Exception) -> Response:

@@ -21,7 +21,6 @@ _INLINE_TOKENS = 2000
 
 async def score(model: ServedModel, mailbox: Mailbox, asked: ScoreRequest, request: Request) -> Response:
     """Answer one request. An empty text is its end token alone, on either side."""
-    model.require_name(asked.model)
     deadline = model.deadline(None)
     sources = await model.source_ids(dict(enumerate(asked.inputs)), truncate=asked.truncate)
     targets = await model.target_ids(dict(enumerate(asked.targets)))

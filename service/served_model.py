@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry
@@ -13,8 +14,8 @@ from service.artifact import Artifact
 from service.call import SubmitsSequences
 from service.controls import Limits, controls
 from service.engine import Engine, Status
-from service.errors import ArtifactError, NotFound, TooLarge, Unavailable, ValidationFailed
-from service.metrics import Metrics
+from service.errors import ArtifactError, SettingsError, TooLarge, Unavailable, ValidationFailed
+from service.metrics import Families, Metrics
 from service.parameters import Parameters
 from service.schemas import ModelCard
 from service.sequence import GenerateParameters
@@ -37,17 +38,25 @@ _WHY_NOT_READY: dict[Status, str] = {
 }
 
 
-def load(settings: Settings) -> "ServedModel":
-    """Read and verify the artifact that `settings` name; the engine is made, not started. Raises StartupError."""
-    path = settings.model_path
-    if settings.model == DEFAULT_MODEL and not path.exists():
+def load(settings: Settings, name: str | None, path: Path, families: Families) -> "ServedModel":
+    """Read and verify the artifact at `path`, to be served as `name` (None: what its manifest calls it); the engine is
+    made, not started. Raises StartupError.
+    """
+    if str(path) == DEFAULT_MODEL and not path.exists():
         raise ArtifactError(
             f"the default artifact is not here ({path}). Pass another with --model PATH, or make one: "
             f"transduce train ..., then transduce export CHECKPOINT {path}."
         )
-    artifact = Artifact.load(path, name=settings.model_name)
-    metrics = Metrics(CollectorRegistry(), artifact.name)
+    artifact = Artifact.load(path, name=name)
+    metrics = families.of(artifact.name)
     return ServedModel(artifact, Tokenizer(artifact), Engine(artifact, settings, metrics), metrics, settings)
+
+
+def load_only(settings: Settings) -> "ServedModel":
+    """The same of the one model that `settings` name. SettingsError if there are several."""
+    if len(settings.models) > 1:
+        raise SettingsError("--model: this takes one model, not several")
+    return load(settings, *settings.models[0], Families(CollectorRegistry()))
 
 
 class ModelEngine(SubmitsSequences, Protocol):
@@ -83,15 +92,25 @@ class ModelEngine(SubmitsSequences, Protocol):
         """Facts for people."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ServedModel:
-    """One artifact behind one engine."""
+    """One artifact behind one engine: a version of a model."""
 
     artifact: Artifact
     tokenizer: Tokenizer
     engine: ModelEngine
     metrics: Metrics
     settings: Settings
+
+    @property
+    def name(self) -> str:
+        """What clients call it."""
+        return self.artifact.name
+
+    @property
+    def version(self) -> str:
+        """What the manifest says."""
+        return self.artifact.manifest.version
 
     def require_ready(self) -> None:
         """Unavailable (503) unless the engine takes requests now."""
@@ -106,17 +125,6 @@ class ServedModel:
     def require_room(self, client: str) -> None:
         """QueueFull (429) if there is no room in line for anything of this client: told before a body is read."""
         self.engine.require_room(client)
-
-    def require_name(self, name: str | None) -> None:
-        """NotFound (404) if a request names another model."""
-        if name is not None and name != self.artifact.name:
-            raise NotFound(f"no such model here; this server has {self.artifact.name!r}")
-
-    def require_input_count(self, count: int) -> None:
-        """TooLarge (413) for more inputs than a call, or the whole line, can ever hold."""
-        limit = min(self.settings.max_inputs, self.settings.max_queue)
-        if count > limit:
-            raise TooLarge(f"{count:,} inputs in one call, the limit is {limit:,}; split them over several calls")
 
     def generate_parameters(self, asked: Parameters, path: str = "parameters.") -> GenerateParameters:
         """The engine's parameters; ValidationFailed for what does not fit together, or not this model and server.

@@ -21,8 +21,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.errors import SettingsError, StartupError
+from service.models import Models
 from service.protocol import Protocol
-from service.served_model import ModelEngine
 from service.settings import Settings
 
 logger = logging.getLogger("transduce.server")
@@ -82,20 +82,20 @@ def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-def serve(app: FastAPI, engine: ModelEngine, settings: Settings, listener: socket.socket) -> int:
+def serve(app: FastAPI, models: Models, listener: socket.socket) -> int:
     """Serve until a signal; the process's exit status."""
-    config = configure(app, settings)
+    config = configure(app, models.settings)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        return runner.run(_Life(UvicornServer(config), engine, settings).run(listener))
+        return runner.run(_Life(UvicornServer(config), models).run(listener))
 
 
 class _Life:
     """One run of the server."""
 
-    def __init__(self, server: uvicorn.Server, engine: ModelEngine, settings: Settings) -> None:
+    def __init__(self, server: uvicorn.Server, models: Models) -> None:
         self._server = server
-        self._engine = engine
-        self._settings = settings
+        self._models = models
+        self._settings = models.settings
         self._stopping = asyncio.Event()
         self._hurried = False
         self._status = 0
@@ -108,7 +108,7 @@ class _Life:
         starting = asyncio.create_task(self._start())
         stopping = asyncio.create_task(self._stopping.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        loading = self._engine.status in ("new", "starting")
+        loading = self._models.status in ("new", "starting")
         if not (serving.done() or loading):
             await self._drain()
         self._server.should_exit = True
@@ -116,7 +116,7 @@ class _Life:
         for task in (starting, stopping):
             task.cancel()
         if not loading:  # a load cannot be interrupted, and nobody waits for it: its thread ends with the process
-            await asyncio.to_thread(self._engine.stop)
+            await self._models.stop()
         logger.info("stopped status=%d", self._status)
         return self._status
 
@@ -127,24 +127,22 @@ class _Life:
         if self._stopping.is_set():
             logger.warning("%s again: ending now, what is unfinished is answered with 503", name)
             self._hurried, self._status = True, 128 + number
-            self._engine.drain(0)
+            self._models.drain(0)
             asyncio.get_running_loop().call_later(HURRIED_SECONDS, os._exit, self._status)
             return
         logger.info("%s: draining, for %g s at most; send it again to end at once", name, self._settings.drain_seconds)
         self._stopping.set()
 
     async def _start(self) -> None:
-        """Load and warm up in the engine's thread while the port already answers 503."""
+        """Load and warm up in the engines' threads while the port already answers 503."""
         try:
-            self._engine.start()
-            # In turns of a second: a thread that waited for good would keep a process from ending while it loads.
-            while not await asyncio.to_thread(self._engine.wait_ready, 1.0):
-                pass
+            self._models.start()
+            await self._models.wait_ready()
         except StartupError as error:
             logger.error("%s", error)
             self._fail()
         except Exception:
-            logger.exception("the engine did not start")
+            logger.exception("a model did not start")
             self._fail()
         else:
             logger.info("ready")
@@ -155,8 +153,8 @@ class _Life:
 
     async def _drain(self) -> None:
         seconds = self._settings.drain_seconds
-        self._engine.drain(seconds)
-        # A little longer than the engine's own limit: it fails what is left, and the answers say so.
-        if not await asyncio.to_thread(self._engine.join, seconds + 5):
-            logger.warning("the engine did not end in time")
+        self._models.drain(seconds)
+        # A little longer than the engines' own limit: they fail what is left, and the answers say so.
+        if not await self._models.join(seconds + 5):
+            logger.warning("the engines did not end in time")
             self._status = self._status or 1

@@ -41,7 +41,8 @@ class Settings:
     model: str = field(
         default=DEFAULT_MODEL,
         metadata=_manual(
-            "Artifact to serve, [NAME=]PATH; NAME is what clients call it instead of the manifest's name."
+            "Artifact to serve, [NAME=]PATH; NAME is what clients call it instead of the manifest's name. Several with "
+            "commas, or by the flag again; the first answers requests that name none."
         ),
     )
     host: str = field(
@@ -131,6 +132,14 @@ class Settings:
         default="",
         metadata=_manual("The same keys in the setting itself, with commas between them.", secret=True),
     )
+    admin_key_file: str = field(
+        default="",
+        metadata=_manual("File of the keys that open the admin routes, which are not there without one."),
+    )
+    admin_keys: str = field(
+        default="",
+        metadata=_manual("The same keys in the setting itself, with commas between them.", secret=True),
+    )
     metrics_without_key: bool = field(
         default=False,
         metadata=_manual("Let everyone read /metrics where keys are required."),
@@ -150,14 +159,9 @@ class Settings:
         }
 
     @property
-    def model_name(self) -> str | None:
-        """The NAME of `model`, None if the manifest's is to be taken."""
-        return _split_model(self.model)[0]
-
-    @property
-    def model_path(self) -> Path:
-        """The PATH of `model`."""
-        return Path(_split_model(self.model)[1])
+    def models(self) -> list[tuple[str | None, Path]]:
+        """NAME and PATH of each model; NAME is None where the manifest's is to be taken."""
+        return [(name, Path(path)) for name, path in map(_split_model, self.model.split(","))]
 
 
 def add_arguments(
@@ -183,6 +187,10 @@ def add_arguments(
                 action=action,
                 default=argparse.SUPPRESS,
                 help=text,
+            )
+        elif spec.name == "model":
+            parser.add_argument(
+                flag, dest=spec.name, action="append", default=argparse.SUPPRESS, metavar="[NAME=]PATH", help=text
             )
         else:
             metavar = "{" + ",".join(get_args(kind)) + "}" if get_args(kind) else kind.__name__.upper()
@@ -224,6 +232,7 @@ def read_settings(
     for name, value in flags.items():
         if name in known:
             flag = "--" + name.replace("_", "-")
+            value = ",".join(value) if isinstance(value, list) else value
             values[name] = _parse(known[name], hints[name], value, flag) if isinstance(value, str) else value
     return Settings(**values), warnings  # type: ignore[arg-type]  # each value was parsed to its field's type
 
@@ -287,7 +296,7 @@ def _check(spec: Field[Any], value: object, origin: str | None = None) -> None:
         raise SettingsError(f"{origin}: {value!r} is not one of {', '.join(choices)}.")
     low, high = spec.metadata["low"], spec.metadata["high"]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        if spec.name == "model" and not _split_model(str(value))[1]:
+        if spec.name == "model" and not all(_split_model(one)[1] for one in str(value).split(",")):
             raise SettingsError(f"{origin}: {value!r} is not [NAME=]PATH.")
     elif not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"

@@ -123,6 +123,7 @@ class Worker:
         self._on_end()
         self._take_what_is_left()
         core.fail_all(Unavailable("the service stopped before this request's turn was over"))
+        core.close()
 
     def _take_commands(self) -> bool:
         """Obey what has come, waiting for it if there is nothing else to do. False when it is time to end."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from service.metrics import Metrics
+from service.metrics import Families
 from service.parameters import Parameters
 from service.settings import Settings, variable
 
@@ -39,7 +39,7 @@ def test_every_parameter_has_its_row_with_its_sentence() -> None:
 
 def test_every_metric_has_its_row() -> None:
     registry = CollectorRegistry()
-    Metrics(registry, "any")
+    Families(registry).of("any")
     families = {family.name.removeprefix("transduce_"): family.type for family in registry.collect()}
     names = {name + "_total" if kind == "counter" else name for name, kind in families.items() if "process" not in name}
     names = {name for name in names if not name.startswith("python_")}

@@ -12,6 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.models import Models
 from tests.service.real_model import running
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -22,7 +23,7 @@ EXAMPLES = re.findall(
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with running() as model, TestClient(create_app(model)) as client:
+    with running() as model, TestClient(create_app(Models([model]))) as client:
         yield client
 
 

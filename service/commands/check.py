@@ -28,11 +28,11 @@ def run(arguments: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
-    from service.served_model import load
+    from service.served_model import load_only
 
     check = "manifest, files"
     try:
-        model = load(settings)
+        model = load_only(settings)
         artifact = model.artifact
         manifest = artifact.manifest
         size = sum((artifact.path / file).stat().st_size for file in manifest.files)

@@ -34,15 +34,15 @@ def run(arguments: argparse.Namespace) -> int:
         logger.warning("%s", warning)
 
     from service.app import create_app
-    from service.served_model import load
+    from service.models import load_all
     from service.server import open_socket, serve
 
-    model = load(settings)
-    app = create_app(model)
+    models = load_all(settings)
+    app = create_app(models)
     listener = open_socket(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     _announce(settings, app.state.keys, str(host), int(port))
-    return serve(app, model.engine, settings, listener)
+    return serve(app, models, listener)
 
 
 def _announce(settings: Settings, keys: "Keys", host: str, port: int) -> None:

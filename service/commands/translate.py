@@ -61,10 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"warning: {warning}", file=sys.stderr)
 
     from service.commands.parameter_flags import named_as_flags, read_parameters
-    from service.served_model import load
+    from service.served_model import load_only
     from service.translation import Translation
 
-    model = load(settings)
+    model = load_only(settings)
     try:
         translation = Translation(model, read_parameters(arguments, (*_PARAMETERS, "truncate")))
     except ValidationFailed as error:

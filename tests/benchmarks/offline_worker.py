@@ -31,10 +31,10 @@ class Transduce:
 
     def __init__(self, artifact: str) -> None:
         from service.commands.translate import DEFAULTS
-        from service.served_model import load
+        from service.served_model import load_only
         from service.settings import read_settings
 
-        self._model = load(read_settings(environ={}, defaults={**DEFAULTS, "model": artifact})[0])
+        self._model = load_only(read_settings(environ={}, defaults={**DEFAULTS, "model": artifact})[0])
         self._model.engine.start()
         self._model.engine.wait_ready()
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,8 @@ from prometheus_client import CollectorRegistry
 
 from service.detokenizer import Detokenizer
 from service.errors import EngineFailure, QueueFull, Unavailable
-from service.metrics import Metrics
+from service.metrics import Families
+from service.models import Models
 from service.patterns import Vocabulary
 from service.sequence import Encoded, Failed, Finished, GenerateParameters, Result, Scored, Sequence, Timings, Token
 from service.served_model import ServedModel
@@ -224,7 +226,12 @@ def fake_model(engine: FakeEngine | None = None, **settings: Any) -> ServedModel
         max_source_tokens=64, max_target_tokens=48, embedding_size=4, vocab_size=259, parity={},
         labels=["a", "b", "c", "d"],
     )  # fmt: skip
-    artifact: Any = SimpleNamespace(name="echo", manifest=manifest)
+    artifact: Any = SimpleNamespace(name="echo", manifest=manifest, path=Path("/nowhere/echo"))
     tokenizer: Any = ByteTokenizer()
-    metrics = Metrics(CollectorRegistry(), "echo")
+    metrics = Families(CollectorRegistry()).of("echo")
     return ServedModel(artifact, tokenizer, engine or FakeEngine(), metrics, Settings(**settings))
+
+
+def fake_models(engine: FakeEngine | None = None, **settings: Any) -> Models:
+    """A server's only model, such a one."""
+    return Models([fake_model(engine, **settings)])

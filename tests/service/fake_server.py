@@ -8,10 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from service.app import create_app
 from service.logs import set_up_logs
+from service.models import Models
 from service.served_model import ServedModel
 from service.server import UvicornServer, configure, open_socket, serve
 from service.settings import parse_settings
@@ -35,11 +36,12 @@ def running(engine: FakeEngine, **settings: object) -> Iterator[RunningServer]:
 
 
 @contextlib.contextmanager
-def serving(model: ServedModel) -> Iterator[int]:
-    """The same around any model, whose engine is the caller's matter; the port."""
+def serving(served: ServedModel | Models) -> Iterator[int]:
+    """The same around any model or models, whose engines are the caller's matter; the port."""
+    models = served if isinstance(served, Models) else Models([served])
     listener = open_socket("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    server = UvicornServer(configure(create_app(model), model.settings))
+    server = UvicornServer(configure(create_app(models), models.settings))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
@@ -62,7 +64,8 @@ def main() -> int:
     listener = open_socket(settings.host, settings.port)
     sys.stdout.write(f"{listener.getsockname()[1]}\n")
     sys.stdout.flush()
-    return serve(create_app(fake_model(engine)), engine, settings, listener)
+    models = Models([replace(fake_model(engine), settings=settings)])
+    return serve(create_app(models), models, listener)
 
 
 def _obey(engine: FakeEngine) -> None:

@@ -16,7 +16,7 @@ from service.artifact import Manifest
 from service.batch import Batch, StepOutput
 from service.core import Core
 from service.ladder import Ladder
-from service.metrics import Metrics
+from service.metrics import Families, Metrics
 from service.sequence import (
     Encoded,
     Event,
@@ -233,7 +233,7 @@ class Client:
 
 def make_metrics() -> Metrics:
     """Metrics on a registry of their own."""
-    return Metrics(CollectorRegistry(), "fake")
+    return Families(CollectorRegistry()).of("fake")
 
 
 def make_core(

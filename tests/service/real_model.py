@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from service.served_model import ServedModel, load
+from service.served_model import ServedModel, load_only
 from service.settings import Settings
 
 TEXTS = [
@@ -28,7 +28,7 @@ def running(artifact: Path | None = None, **settings: Any) -> Iterator[ServedMod
     logging.getLogger("service").setLevel(logging.INFO)
     if artifact is not None:
         settings["model"] = f"tiny={artifact}"
-    model = load(Settings(provider="cpu", threads=1, **settings))
+    model = load_only(Settings(provider="cpu", threads=1, **settings))
     model.engine.start()
     try:
         assert model.engine.wait_ready(60)

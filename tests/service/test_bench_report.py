@@ -19,7 +19,7 @@ from service.bench.picture import draw
 from service.bench.report import NOT_SENT, Reply, Run, Spread, Window, summarise
 from service.bench.table import table
 from service.bench.workload import Clients, Rate, Workload, read_texts
-from service.metrics import Metrics
+from service.metrics import Families
 
 
 @given(st.integers(1, 30), st.integers(1, 7), st.integers(0, 9))
@@ -99,7 +99,7 @@ def test_no_values_have_no_spread() -> None:
 def pages() -> tuple[str, str]:
     """The metrics of a server, before and after ten steps of 1 to 10 rows and one encoder call."""
     registry = CollectorRegistry()
-    metrics = Metrics(registry, "any")
+    metrics = Families(registry).of("any")
     metrics.batch_rows.observe(500)
     metrics.source_tokens.inc(1000)
     metrics.time_to_first_token.observe(9)

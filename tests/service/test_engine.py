@@ -138,11 +138,11 @@ def test_a_full_line_refuses_at_once_and_takes_all_or_none(bench: Bench) -> None
         bench.engine.submit(refused)
     assert caught.value.retry_after == 1
     bench.engine.submit(refused[:2])
-    assert bench.engine.waiting == sample(bench.metrics, "num_requests_waiting") == 8
+    assert bench.engine.line[0] == sample(bench.metrics, "num_requests_waiting") == 8
     bench.gate.set()
     bench.await_end(*running, *waiting, *refused[:2])
     assert bench.client.last(refused[2]) is None
-    assert bench.engine.waiting == 0
+    assert bench.engine.line == (0, 0)
 
 
 def test_what_can_never_fit_is_too_large_not_busy(bench: Bench) -> None:
@@ -158,7 +158,7 @@ def test_what_would_harm_others_is_refused(bench: Bench) -> None:
     for source, limit in (([], 1), ([VOCAB], 1), ([-1], 1), ([3], 0), ([3], LONGEST_TARGET + 1)):
         with pytest.raises(ValidationFailed):
             bench.engine.submit([bench.client.generate([3], 1), bench.client.generate(source, limit)])
-    assert bench.engine.waiting == 0
+    assert bench.engine.line == (0, 0)
 
 
 def test_cancelling_frees_rows_within_a_step(bench: Bench) -> None:

@@ -16,6 +16,7 @@ from model.data import pad_rows
 from model.tokenizer import encode_texts
 from service.app import create_app
 from service.cli import main
+from service.models import Models
 from service.schemas import ClassifyResponse
 from tests import tiny
 from tests.service.real_model import TEXTS, running
@@ -25,7 +26,7 @@ LABELS = {"calm", "glad", "sad"}
 
 @pytest.fixture(scope="module")
 def client(tiny_classifier_artifact: Path) -> Iterator[TestClient]:
-    with running(tiny_classifier_artifact) as model, TestClient(create_app(model)) as client:
+    with running(tiny_classifier_artifact) as model, TestClient(create_app(Models([model]))) as client:
         yield client
 
 
@@ -90,7 +91,7 @@ def test_an_encoder_alone_writes_no_texts(client: TestClient, path: str, more: d
 
 
 def test_a_translator_has_no_labels(tiny_artifact: Path) -> None:
-    with running(tiny_artifact) as model, TestClient(create_app(model)) as client:
+    with running(tiny_artifact) as model, TestClient(create_app(Models([model]))) as client:
         refusal = client.post("/v1/classify", json={"inputs": "a"})
     assert refusal.status_code == 422
     assert "no labels" in refusal.json()["error"]["message"]
@@ -119,5 +120,5 @@ def test_a_classifier_is_served_in_integers(
     request = ExportRequest(tmp_path / "model.pt", tmp_path / "artifact", "int8", tiny_sentences, cuda=False)
     manifest = export_artifact(request)
     assert manifest["parity"]["cpu"]["equal_labels"] > 0.97
-    with running(tmp_path / "artifact") as model, TestClient(create_app(model)) as client:
+    with running(tmp_path / "artifact") as model, TestClient(create_app(Models([model]))) as client:
         assert set(classify(client, "the cat")[0]) == LABELS

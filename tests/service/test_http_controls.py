@@ -14,6 +14,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.models import Models
 from service.served_model import ServedModel
 from tests.service.fake_server import serving
 from tests.service.real_model import TEXTS, running
@@ -42,7 +43,7 @@ def model(tiny_artifact: Path) -> Iterator[ServedModel]:
 
 @pytest.fixture(scope="module")
 def client(model: ServedModel) -> Iterator[TestClient]:
-    with TestClient(create_app(model)) as client:
+    with TestClient(create_app(Models([model]))) as client:
         yield client
 
 

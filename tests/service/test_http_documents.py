@@ -9,12 +9,12 @@ from starlette.testclient import TestClient
 
 from service import schemas
 from service.app import create_app
-from tests.service.fake_engine import FakeEngine, fake_model
+from tests.service.fake_engine import FakeEngine, fake_models
 
 
 @pytest.fixture
 def client() -> Iterator[TestClient]:
-    with TestClient(create_app(fake_model(FakeEngine()))) as client:
+    with TestClient(create_app(fake_models(FakeEngine()))) as client:
         yield client
 
 

@@ -10,14 +10,14 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.schemas import EncodeResponse
-from tests.service.fake_engine import FakeEngine, fake_model
+from tests.service.fake_engine import FakeEngine, fake_models
 
 A, EOS = ord("a") + 3, 2
 
 
 @pytest.fixture
 def client() -> Iterator[TestClient]:
-    with TestClient(create_app(fake_model(FakeEngine()))) as client:
+    with TestClient(create_app(fake_models(FakeEngine()))) as client:
         yield client
 
 

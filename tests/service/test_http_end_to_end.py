@@ -10,12 +10,13 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.models import Models
 from tests.service.real_model import TEXTS, running
 
 
 @pytest.fixture(scope="module")
 def client(tiny_artifact: Path) -> Iterator[TestClient]:
-    with running(tiny_artifact, max_rows=8) as model, TestClient(create_app(model)) as client:
+    with running(tiny_artifact, max_rows=8) as model, TestClient(create_app(Models([model]))) as client:
         yield client
 
 

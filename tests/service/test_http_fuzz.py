@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.schemas import ErrorResponse, Parameters
-from tests.service.fake_engine import FakeEngine, fake_model
+from tests.service.fake_engine import FakeEngine, fake_models
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=80)
 VALUES = st.recursive(
@@ -43,7 +43,7 @@ CONTRACT = {200, 400, 404, 405, 413, 422}
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with TestClient(create_app(fake_model(FakeEngine()))) as client:
+    with TestClient(create_app(fake_models(FakeEngine()))) as client:
         yield client
 
 

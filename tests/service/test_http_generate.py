@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.schemas import GenerateResponse
-from tests.service.fake_engine import FakeEngine, fake_model
+from tests.service.fake_engine import FakeEngine, fake_models
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def client(engine: FakeEngine) -> Iterator[TestClient]:
-    with TestClient(create_app(fake_model(engine, max_inputs=8))) as client:
+    with TestClient(create_app(fake_models(engine, max_inputs=8))) as client:
         yield client
 
 
@@ -134,7 +134,7 @@ def test_truncate_cuts_to_the_limit(client: TestClient) -> None:
 )
 def test_a_timeout_while_generating_gives_what_there_is(more: dict[str, Any]) -> None:
     """200, with finish reason timeout and the text so far, of every sequence."""
-    with TestClient(create_app(fake_model(FakeEngine(step_seconds=0.02)))) as client:
+    with TestClient(create_app(fake_models(FakeEngine(step_seconds=0.02)))) as client:
         sequences = generate(client, "a" * 40, prefix="b", timeout=0.1, **more)["outputs"][0]["sequences"]
     assert len(sequences) == more.get("num_return_sequences", 1)
     for sequence in sequences:

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.errors import ValidationFailed
 from service.parameters import Parameters
-from tests.service.fake_engine import FakeEngine, fake_model
+from tests.service.fake_engine import FakeEngine, fake_model, fake_models
 
 ROWS = 16
 
@@ -22,7 +22,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture(scope="module")
 def client(engine: FakeEngine) -> Iterator[TestClient]:
-    with TestClient(create_app(fake_model(engine, max_rows=ROWS))) as client:
+    with TestClient(create_app(fake_models(engine, max_rows=ROWS))) as client:
         yield client
 
 

@@ -9,7 +9,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from tests.service.fake_engine import FakeEngine, fake_model
+from tests.service.fake_engine import FakeEngine, fake_models
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def client(engine: FakeEngine) -> Iterator[TestClient]:
-    with TestClient(create_app(fake_model(engine, max_body_bytes=2**21)), raise_server_exceptions=True) as client:
+    with TestClient(create_app(fake_models(engine, max_body_bytes=2**21)), raise_server_exceptions=True) as client:
         yield client
 
 
@@ -130,7 +130,7 @@ def test_too_many_inputs_are_413(client: TestClient) -> None:
 
 def test_more_inputs_than_the_line_holds_are_413_never_429() -> None:
     """Trying again would not help, so it is not suggested."""
-    with TestClient(create_app(fake_model(FakeEngine(room=4), max_queue=4))) as client:
+    with TestClient(create_app(fake_models(FakeEngine(room=4), max_queue=4))) as client:
         response = client.post("/v1/generate", json={"inputs": ["a"] * 5})
     refusal(response, 413, "too_large")
     assert "retry-after" not in response.headers

@@ -9,7 +9,7 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.errors import ValidationFailed
 from service.schemas import ScoreResponse
-from tests.service.fake_engine import FakeEngine, fake_model
+from tests.service.fake_engine import FakeEngine, fake_models
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 def client(engine: FakeEngine) -> Iterator[TestClient]:
-    with TestClient(create_app(fake_model(engine))) as client:
+    with TestClient(create_app(fake_models(engine))) as client:
         yield client
 
 

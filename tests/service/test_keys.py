@@ -15,7 +15,7 @@ from service.commands.serve import _announce
 from service.errors import SettingsError
 from service.keys import Entry, Keys, make_key
 from service.settings import Settings
-from tests.service.fake_engine import FakeEngine, fake_model
+from tests.service.fake_engine import FakeEngine, fake_models
 from tests.service.test_http_refusals import refusal
 
 ALICE, ALICES = make_key("alice")
@@ -42,7 +42,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def client(file: Path) -> Iterator[TestClient]:
-    with TestClient(create_app(fake_model(api_key_file=str(file)))) as client:
+    with TestClient(create_app(fake_models(api_key_file=str(file)))) as client:
         yield client
 
 
@@ -122,22 +122,22 @@ def test_a_key_lets_in_and_its_scheme_has_any_case(client: TestClient) -> None:
 def test_the_engine_is_told_whose_a_sequence_is(file: Path, path: str, body: dict[str, Any]) -> None:
     """For a fair share. Without keys nobody is told apart."""
     engine = FakeEngine()
-    with TestClient(create_app(fake_model(engine, api_key_file=str(file)))) as client:
+    with TestClient(create_app(fake_models(engine, api_key_file=str(file)))) as client:
         assert client.post(path, json=body, headers=bearer(BOB)).status_code == 200
-    with TestClient(create_app(fake_model(engine))) as client:
+    with TestClient(create_app(fake_models(engine))) as client:
         assert client.post(path, json=body, headers=bearer(BOB)).status_code == 200
     assert [sequence.client for sequence in engine.received] == ["bob", ""]
 
 
 def test_metrics_may_be_open(file: Path) -> None:
-    app = create_app(fake_model(api_key_file=str(file), metrics_without_key=True))
+    app = create_app(fake_models(api_key_file=str(file), metrics_without_key=True))
     with TestClient(app) as client:
         assert client.get("/metrics").status_code == 200
         assert client.get("/v1/models").status_code == 401
 
 
 def test_without_keys_everyone_is_let_in() -> None:
-    with TestClient(create_app(fake_model())) as client:
+    with TestClient(create_app(fake_models())) as client:
         assert client.get("/v1/models").status_code == 200
         assert client.get("/v1/models", headers=bearer("whatever")).status_code == 200
 
@@ -201,7 +201,7 @@ def test_a_wrong_file_ends_the_start_and_is_not_repeated(tmp_path: Path, text: A
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(SettingsError, match=message) as caught:
-        create_app(fake_model(api_key_file=str(path)))
+        create_app(fake_models(api_key_file=str(path)))
     assert ALICE not in str(caught.value)
     assert BOB not in str(caught.value)
     with pytest.raises(SettingsError, match="--api-keys: entry 1") as caught:

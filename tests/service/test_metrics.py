@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import Metrics, WeightedHistogram
+from service.metrics import Families, WeightedHistogram
 from tests.service.fakes import make_metrics, sample
 
 CONTRACT = {
@@ -43,7 +43,7 @@ def test_two_models_of_one_registry_are_a_mistake_that_is_seen() -> None:
     """Each metric is declared once."""
     metrics = make_metrics()
     with pytest.raises(ValueError, match="Duplicated"):
-        Metrics(metrics.registry, "other")
+        Families(metrics.registry)
 
 
 def test_labels_are_counted_apart() -> None:
@@ -61,10 +61,10 @@ def test_labels_are_counted_apart() -> None:
 def test_a_weighted_observation_is_that_many_plain_ones() -> None:
     """Buckets are cumulative, the bound belongs to its bucket, and the text can be read back."""
     metrics = make_metrics()
-    histogram = WeightedHistogram("transduce_example_seconds", "Example.", (0.1, 1.0), "fake")
+    histogram = WeightedHistogram("transduce_example_seconds", "Example.", (0.1, 1.0))
     metrics.registry.register(histogram)
     for value, times in ((0.1, 3), (0.5, 2), (7.0, 1)):
-        histogram.observe(value, times)
+        histogram.labels("fake").observe(value, times)
     text = generate_latest(metrics.registry).decode()
     (family,) = (f for f in text_string_to_metric_families(text) if f.name == "transduce_example_seconds")
     values = {(s.name.removeprefix("transduce_example_seconds"), s.labels.get("le")): s.value for s in family.samples}

@@ -106,9 +106,16 @@ def test_the_address_that_kubernetes_injects_is_tolerated() -> None:
 )
 def test_a_model_may_have_a_name(model: str, name: str | None, path: str) -> None:
     """[NAME=]PATH; what cannot be a name belongs to the path."""
-    settings = Settings(model=model)
-    assert settings.model_name == name
-    assert settings.model_path == Path(path)
+    assert Settings(model=model).models == [(name, Path(path))]
+
+
+def test_several_models_come_with_commas_or_with_the_flag_again() -> None:
+    """In this order: the first answers requests that name none. Each has to be one."""
+    wanted = [("de", Path("a/b")), (None, Path("c"))]
+    assert parse_settings([], {"TRANSDUCE_MODEL": "de=a/b,c"})[0].models == wanted
+    assert parse_settings(["--model", "de=a/b", "--model", "c"], {"TRANSDUCE_MODEL": "x"})[0].models == wanted
+    with pytest.raises(SettingsError, match="PATH"):
+        parse_settings(["--model", "de=a/b,"], {})
 
 
 def test_a_command_takes_only_the_settings_it_uses() -> None:

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from service.core import Core
 from service.executes import Executes
-from service.metrics import Metrics
+from service.metrics import Families, Metrics
 from service.sequence import Event, GenerateParameters, Sequence
 
 
@@ -32,7 +32,7 @@ def generation(source_ids: list[int], max_new_tokens: int, **controls: Any) -> A
 
 def new_metrics() -> Metrics:
     """On a registry of their own."""
-    return Metrics(CollectorRegistry(), "measured")
+    return Families(CollectorRegistry()).of("measured")
 
 
 def new_core(runner: Executes, max_rows: int, encode_tokens: int = 1024) -> Core:
