@@ -19,6 +19,7 @@ from service.admission import Admission
 from service.artifact import Artifact
 from service.core import Core
 from service.errors import StartupError, TooLarge, Unavailable, ValidationFailed
+from service.memory import MIB, Memory
 from service.metrics import Metrics
 from service.processors import Division
 from service.rehearsal import examine, self_test, warm_up
@@ -49,12 +50,14 @@ class Engine:
         settings: Settings,
         metrics: Metrics,
         *,
+        memory: Memory | None = None,
         open_cores: Callable[[], list[Core]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.artifact = artifact
         self._settings = settings
         self._metrics = metrics
+        self._memory = memory or Memory()
         self._clock = clock
         self._open_cores = open_cores or self._open_artifact
         self._door = threading.Lock()
@@ -220,7 +223,8 @@ class Engine:
                 self._metrics.leave(self)
 
     def _open_artifact(self) -> list[Core]:
-        settings = self._settings
+        settings, memory = self._settings, self._memory
+        before = memory.resident
         runner = Runner(self.artifact, settings)
         self._division = division = runner.division
         self._scores, self._aligns = runner.scores, runner.aligns
@@ -230,13 +234,17 @@ class Engine:
             for each in runners
         ]
         first = cores[0]
-        began = time.monotonic()
+        opened, began = memory.resident, time.monotonic()
         try:
+            if runner.variant == "cpu":
+                memory.promise(self, lambda: sum(core.state.max_nbytes - core.state.nbytes for core in cores))
             tests = self_test(runner, first.state, first.batch, first.ladder)
             warm_up(runner, first.state, first.batch, first.ladder, encode_tokens=settings.encode_tokens)
+            memory.require()
         except BaseException:
             for core in cores:
                 core.close()
+            memory.release(self)
             raise
         state_bytes_limit = sum(core.state.max_nbytes for core in cores)
         self._facts = {
@@ -245,15 +253,23 @@ class Engine:
             "workers": division.workers,
             "threads": division.threads,
             "max_rows": division.workers * division.rows,
+            "session_bytes": opened - before,
+            "working_bytes": (warmed := memory.resident) - opened,
             "state_bytes_limit": state_bytes_limit,
             "self_tests": tests,
         }
         log.info(
             "%s is ready on %s, %s, %d workers with %d threads each: %d sentences of the self-test came out, warm-up "
-            "took %.1f s; the state of %d rows takes %.0f MiB now and %.0f MiB at most",
+            "took %.1f s",
             self.artifact.name, runner.variant, runner.precision, division.workers, division.threads, tests,
-            time.monotonic() - began, division.workers * division.rows,
-            sum(core.state.nbytes for core in cores) / 2**20, state_bytes_limit / 2**20,
+            time.monotonic() - began,
+        )  # fmt: skip
+        log.info(
+            "memory of %s in MiB: sessions and weights %.0f, working memory %.0f, state of %d rows %.0f now and %.0f "
+            "at most; the process has %.0f and can come to %.0f of the %s that it may have",
+            self.artifact.name, (opened - before) / MIB, (warmed - opened) / MIB, division.workers * division.rows,
+            sum(core.state.nbytes for core in cores) / MIB, state_bytes_limit / MIB, warmed / MIB,
+            memory.expected / MIB, "unknown number" if memory.limit is None else f"{memory.limit / MIB:,.0f}",
         )  # fmt: skip
         return cores
 

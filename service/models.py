@@ -28,6 +28,7 @@ from service.errors import (
     Unavailable,
     ValidationFailed,
 )
+from service.memory import Memory, give_back
 from service.metrics import Families, Metrics
 from service.served_model import ServedModel, load
 from service.settings import Settings
@@ -45,11 +46,14 @@ Load = Callable[[str, Path], ServedModel]
 class Models:
     """At least one model. The first is the one that answers where a request names none."""
 
-    def __init__(self, first: Sequence[ServedModel], load_version: Load | None = None) -> None:
+    def __init__(
+        self, first: Sequence[ServedModel], load_version: Load | None = None, memory: Memory | None = None
+    ) -> None:
         """`load_version` makes, and does not start, another version of a name. SettingsError if a name comes twice."""
         self.settings: Settings = first[0].settings
         self.registry = first[0].metrics.registry
         self._load_version = load_version
+        self._memory = memory or Memory()
         self._served: dict[str, ServedModel] = {}
         for model in first:
             if model.name in self._served:
@@ -199,6 +203,7 @@ class Models:
         except StartupError as error:
             old.metrics.count_load("refused")
             log.error("refused model=%s: %s; version=%s goes on serving", name, error, old.version)
+            self._tidy_up()
             raise ValidationFailed(f"path: {error} Version {old.version!r} goes on serving.") from None
         finally:
             self._loading.discard(name)
@@ -224,7 +229,14 @@ class Models:
         if not await asyncio.to_thread(old.engine.join, seconds + _LOOK_SECONDS):
             log.warning("model=%s version=%s did not end in time", old.name, old.version)
         del self._leaving[old]
+        self._memory.release(old.engine)
+        self._tidy_up()
         log.info("gone model=%s version=%s", old.name, old.version)
+
+    def _tidy_up(self) -> None:
+        """Give back what a version held, in a moment: then nobody refers to it any more."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(_LOOK_SECONDS, loop.run_in_executor, None, give_back)
 
 
 async def _ready(model: ServedModel) -> None:
@@ -242,6 +254,6 @@ def _within(place: Path, path: str) -> Path:
 
 def load_all(settings: Settings) -> Models:
     """Read and verify the artifacts that `settings` name; the engines are made, not started. Raises StartupError."""
-    families = Families(CollectorRegistry())
-    first = [load(settings, name, path, families) for name, path in settings.models]
-    return Models(first, lambda name, path: load(settings, name, path, families))
+    families, memory = Families(CollectorRegistry()), Memory()
+    first = [load(settings, name, path, families, memory) for name, path in settings.models]
+    return Models(first, lambda name, path: load(settings, name, path, families, memory), memory)

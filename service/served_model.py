@@ -15,6 +15,7 @@ from service.call import SubmitsSequences
 from service.controls import Limits, controls
 from service.engine import Engine, Status
 from service.errors import ArtifactError, SettingsError, TooLarge, Unavailable, ValidationFailed
+from service.memory import Memory
 from service.metrics import Families, Metrics
 from service.parameters import Parameters
 from service.schemas import ModelCard
@@ -38,7 +39,7 @@ _WHY_NOT_READY: dict[Status, str] = {
 }
 
 
-def load(settings: Settings, name: str | None, path: Path, families: Families) -> "ServedModel":
+def load(settings: Settings, name: str | None, path: Path, families: Families, memory: Memory) -> "ServedModel":
     """Read and verify the artifact at `path`, to be served as `name` (None: what its manifest calls it); the engine is
     made, not started. Raises StartupError.
     """
@@ -49,14 +50,16 @@ def load(settings: Settings, name: str | None, path: Path, families: Families) -
         )
     artifact = Artifact.load(path, name=name)
     metrics = families.of(artifact.name)
-    return ServedModel(artifact, Tokenizer(artifact), Engine(artifact, settings, metrics), metrics, settings)
+    return ServedModel(
+        artifact, Tokenizer(artifact), Engine(artifact, settings, metrics, memory=memory), metrics, settings
+    )
 
 
 def load_only(settings: Settings) -> "ServedModel":
     """The same of the one model that `settings` name. SettingsError if there are several."""
     if len(settings.models) > 1:
         raise SettingsError("--model: this takes one model, not several")
-    return load(settings, *settings.models[0], Families(CollectorRegistry()))
+    return load(settings, *settings.models[0], Families(CollectorRegistry()), Memory())
 
 
 class ModelEngine(SubmitsSequences, Protocol):
