@@ -1,9 +1,10 @@
 """The FastAPI application: which route answers with what. A factory; nothing happens at import."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
@@ -38,6 +39,10 @@ from service.schemas import (
     ScoreResponse,
 )
 from service.score import score
+from service.trail import Trail
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 Asked = TypeVar("Asked", GenerateRequest, EncodeRequest, ClassifyRequest, ScoreRequest)
 
@@ -45,7 +50,7 @@ _KEEP_ALIVE_BODY = 64 * 1024
 """An unread body up to this long (bytes) is left to the server, which skips it and keeps the connection."""
 
 
-def create_app(models: Models) -> FastAPI:
+def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
     """An application that serves `models`; it answers 503 until their engines are ready. Raises SettingsError."""
     app = FastAPI(
         title="Transduce",
@@ -71,7 +76,12 @@ def create_app(models: Models) -> FastAPI:
         other_keys={ADMIN_PREFIX: admin_keys} if admin_keys.required else {},
     )
     app.add_middleware(Linger, keep_alive_bytes=_KEEP_ALIVE_BODY)
-    app.add_middleware(Envelope, metrics=models.metrics, leaving=lambda: models.status in ("draining", "stopped"))
+    app.add_middleware(
+        Envelope,
+        metrics=models.metrics,
+        leaving=lambda: models.status in ("draining", "stopped"),
+        tracing=tracing,
+    )
     add_problem_handlers(app, models.metrics)
     _add_model_routes(app, models)
     add_probes(app, models)
@@ -146,14 +156,16 @@ async def _asked(request: Request, models: Models, schema: type[Asked]) -> Asked
     """The body of a request, checked. Readiness and room come first: a server that cannot answer reads
     nothing, and refuses in a fraction of the time.
     """
-    models.require_room(request.state.client)
+    models.require_room(request.state.trail.client)
+    trail: Trail = request.state.trail
     body = await read_json(request, models.settings.max_body_bytes)
+    trail.read = time.monotonic()
     if isinstance(body, dict) and isinstance(inputs := body.get("inputs"), list):
         models.require_input_count(len(inputs))  # before a million of them are looked at
     try:
         asked = schema.model_validate(body)
     except ValidationError as error:
         raise validation_failed(error) from None
-    request.state.inputs = len(asked.inputs)
-    request.state.model = models.named(asked.model).name
+    trail.inputs = len(asked.inputs)
+    trail.model = models.named(asked.model).name
     return asked

@@ -37,6 +37,7 @@ async def read_body(request: Request, limit: int) -> bytes:
         if len(body) > limit:
             raise _too_large(limit, f"more than {limit:,}")
         if not message.get("more_body", False):
+            request.state.trail.body_bytes = len(body)
             return bytes(body)
 
 

@@ -16,6 +16,7 @@ from starlette.types import Receive
 
 from service.errors import RequestError
 from service.sequence import Encoded, Event, Failed, Scored, Sequence, Token
+from service.trail import Trail
 
 Answer = TypeVar("Answer", Encoded, Scored)
 Taken = TypeVar("Taken")
@@ -67,10 +68,10 @@ class Mailbox:
 class Call:
     """The sequences of one HTTP request, from submission to their last events. Used on the event loop, as a context."""
 
-    def __init__(self, engine: SubmitsSequences, mailbox: Mailbox, client: str) -> None:
-        """`client` is the name of who asks, empty where nobody is told apart."""
+    def __init__(self, engine: SubmitsSequences, mailbox: Mailbox, trail: Trail) -> None:
+        """`trail` is the request's: it says who asks, and is told what comes of it."""
         self._engine = engine
-        self._client = client
+        self._trail = trail
         self._mailbox = mailbox
         self._open: dict[int, Sequence] = {}
         self._arrived: list[tuple[int, Event]] = []
@@ -88,7 +89,8 @@ class Call:
     def submit(self, sequences: dict[int, Sequence], receive: Receive) -> None:
         """Hand the sequences over, by the index of their input, and watch for the client's leaving from now on."""
         for sequence in sequences.values():
-            sequence.client = self._client
+            sequence.client = self._trail.client
+        self._trail.submit(sequences)
         try:
             self._engine.submit(list(sequences.values()))
         except RequestError as error:
@@ -144,7 +146,7 @@ class Call:
         if index not in self._open:
             return  # closed meanwhile
         if not isinstance(event, Token):
-            del self._open[index]
+            self._trail.end(index, self._open.pop(index), event)
         self._arrived.append((index, event))
         self._wake.set()
 

@@ -17,7 +17,7 @@ async def classify(model: ServedModel, mailbox: Mailbox, asked: ClassifyRequest,
     """Answer one request. An empty text is its end token alone. Without labels the engine refuses it."""
     deadline = model.deadline(None)
     sources = await model.source_ids(dict(enumerate(asked.inputs)), truncate=asked.truncate)
-    with Call(model.engine, mailbox, request.state.client) as call:
+    with Call(model.engine, mailbox, request.state.trail) as call:
         sequences = {
             index: Sequence(ids, call.listener(index), kind="classify", deadline=deadline)
             for index, ids in sources.items()

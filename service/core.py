@@ -172,6 +172,9 @@ class Core:
         """One call of the model; those to whom it gave what is no number. Raises what the model does."""
         if group.kind == "generate":
             self._decoding.begin(group.sequences, ids, lengths)
+            now = self._clock()
+            for sequence in group.sequences:
+                sequence.encoded_at = now
             return []  # a step will tell
         if group.kind == "score":
             return self._score(group, ids, lengths)

@@ -30,7 +30,7 @@ async def encode(model: ServedModel, mailbox: Mailbox, asked: EncodeRequest, req
     size = model.artifact.manifest.embedding_size
     if (source_tokens if asked.pooling == "none" else len(sources)) * size > MAX_NUMBERS:
         raise TooLarge(f"{source_tokens:,} vectors in one answer, the limit is {MAX_NUMBERS // size:,}; split the call")
-    with Call(model.engine, mailbox, request.state.client) as call:
+    with Call(model.engine, mailbox, request.state.trail) as call:
         sequences = {
             index: Sequence(ids, call.listener(index), kind="encode", deadline=deadline)
             for index, ids in sources.items()

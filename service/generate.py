@@ -43,8 +43,8 @@ async def generate(model: ServedModel, mailbox: Mailbox, asked: GenerateRequest,
     detokenizer = model.tokenizer.detokenizer(prefix, asked.parameters.stop)
     generation = Generation(f"gen-{make_request_id()}", model, asked, sources, parameters, detokenizer, deadline)
     if asked.stream:
-        return await EventStream.begin(generation, Call(model.engine, mailbox, request.state.client), request)
-    with Call(model.engine, mailbox, request.state.client) as call:
+        return await EventStream.begin(generation, Call(model.engine, mailbox, request.state.trail), request)
+    with Call(model.engine, mailbox, request.state.trail) as call:
         generation.submit(call, request.receive, stream=False)
         finished = await _all_finished(call)
     if sum(map(_work, finished.values())) < _INLINE_TOKENS:

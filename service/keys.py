@@ -130,7 +130,7 @@ class Gate:
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve or refuse one request; `state.client` is the name of who sent it, empty if nobody is asked."""
+        """Serve or refuse one request; `state.trail.client` is the name of who sent it, empty if nobody is asked."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -144,10 +144,10 @@ class Gate:
         if client is None:
             error = Unauthorized(_WRONG if shown else _MISSING)
             self._metrics.count_failure(error.type)
-            answer = problem_response(error, scope["state"]["request_id"], {"www-authenticate": "Bearer"})
+            answer = problem_response(error, scope["state"]["trail"].request_id, {"www-authenticate": "Bearer"})
             await answer(scope, receive, send)
             return
-        scope["state"]["client"] = client
+        scope["state"]["trail"].client = client
         await self.app(scope, receive, send)
 
 

@@ -84,8 +84,10 @@ class Ledger:
     def timings(self, sequence: Sequence) -> Timings:
         """Of one that ends now."""
         began = sequence.submitted_at
-        first = sequence.first_token_at - began if sequence.kind == "generate" else None
-        return Timings(sequence.admitted_at - began, first, self.clock() - began)
+        if sequence.kind != "generate":
+            return Timings(sequence.admitted_at - began, None, self.clock() - began)
+        first, encoded = sequence.first_token_at - began, sequence.encoded_at - began
+        return Timings(sequence.admitted_at - began, first, self.clock() - began, encoded)
 
     def post(self) -> None:
         """Deliver what was collected."""

@@ -10,14 +10,20 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import TransduceError
+from service.logs import Words
 from service.metrics import Metrics
 from service.problem import problem_response
 from service.request_id import request_id_of
+from service.trail import Trail
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 logger = logging.getLogger("transduce.http")
 
@@ -31,10 +37,18 @@ CLIENT_CLOSED = 499
 class Envelope:
     """Gives each request an id, counts and logs its answer, and makes an unexpected exception the contract's 500."""
 
-    def __init__(self, app: ASGIApp, metrics: Callable[[str | None], Metrics], leaving: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Callable[[str | None], Metrics],
+        leaving: Callable[[], bool],
+        tracing: "Tracing | None" = None,
+    ) -> None:
         """`metrics` gives those of a model, or, for None, those of what concerns no model. `leaving` tells whether the
-        server is shutting down: its clients are then told to close their connections."""
+        server is shutting down: its clients are then told to close their connections. `tracing` gets a span of each
+        request for a model."""
         self.app = app
+        self._tracing = tracing
         self._metrics = metrics
         self._leaving = leaving
 
@@ -47,14 +61,19 @@ class Envelope:
         request_id = request_id_of(scope["headers"])
         # A HEAD is answered as the GET it stands for, without the body. A copy: the server's own scope stays as it is.
         scope = dict(scope, method="GET" if method == "HEAD" else method)
-        scope["state"] = dict(scope.get("state") or {}, request_id=request_id, client="", model=None)
-        started, status = time.perf_counter(), CLIENT_CLOSED
+        trail = Trail(request_id)
+        scope["state"] = dict(scope.get("state") or {}, trail=trail)
+        status = CLIENT_CLOSED
+        traced = self._tracing is not None and scope["path"].startswith(_MODEL_ROUTES)
+        span = self._tracing.begin(method, scope["headers"]) if self._tracing is not None and traced else None
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 added = [(b"x-request-id", request_id.encode("ascii"))]
+                if (timing := trail.server_timing) is not None:
+                    added.append((b"server-timing", timing.encode("ascii")))
                 if self._leaving():
                     added.append((b"connection", b"close"))
                 message = dict(message, headers=[*message["headers"], *added])
@@ -71,23 +90,22 @@ class Envelope:
             if status != CLIENT_CLOSED:
                 raise  # the response had begun: only closing the connection can tell the client
             error = TransduceError("internal error; the server's log has it under this request_id")
-            self._metrics(scope["state"]["model"]).count_failure(error.type)
+            self._metrics(trail.model).count_failure(error.type)
             await problem_response(error, request_id)(scope, receive, send_with_id)
         finally:
             endpoint = endpoint_of(scope)
-            self._metrics(scope["state"]["model"]).count_http(endpoint, status)
-            client = scope["state"]["client"]
-            logger.log(
-                logging.INFO if endpoint.startswith("/v1/") else logging.DEBUG,
-                "request_id=%s method=%s endpoint=%s status=%d seconds=%.4f%s",
-                request_id,
-                method if method in _METHODS else "other",
-                endpoint,
-                status,
-                time.perf_counter() - started,
-                client and f" client={client}",
-            )
+            method = method if method in _METHODS else "other"
+            self._metrics(trail.model).count_http(endpoint, status)
+            words = Words(request_id=request_id, method=method, endpoint=endpoint, status=status)
+            words["seconds"] = round(time.monotonic() - trail.began, 4)
+            words |= trail.words
+            if self._tracing is not None and span is not None:
+                words["trace_id"] = format(span.get_span_context().trace_id, "032x")
+                self._tracing.end(span, trail, method, endpoint, status)
+            logger.log(logging.INFO if endpoint.startswith(_MODEL_ROUTES) else logging.DEBUG, words)
 
+
+_MODEL_ROUTES = ("/v1/", "/admin/")
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 

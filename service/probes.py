@@ -34,7 +34,7 @@ def add_probes(app: FastAPI, models: Models) -> None:
         try:
             models.require_alive()
         except Unavailable as error:
-            return problem_response(error, request.state.request_id)
+            return problem_response(error, request.state.trail.request_id)
         return Health(status="alive")
 
     @app.get(
@@ -50,7 +50,7 @@ def add_probes(app: FastAPI, models: Models) -> None:
         try:
             models.require_ready()
         except Unavailable as error:
-            return problem_response(error, request.state.request_id)
+            return problem_response(error, request.state.trail.request_id)
         return Health(status="ready")
 
     @app.get(

@@ -39,8 +39,9 @@ def add_problem_handlers(app: FastAPI, metrics: Callable[[str | None], Metrics])
 
     def refused(request: Request, error: TransduceError) -> Response:
         # A metric's request is one input of a call; a body that could not be read counts as one.
-        metrics(request.state.model).count_failure(error.type, getattr(request.state, "inputs", 1))
-        return problem_response(error, request.state.request_id)
+        trail = request.state.trail
+        metrics(trail.model).count_failure(error.type, trail.inputs or 1)
+        return problem_response(error, request.state.trail.request_id)
 
     async def on_transduce_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, TransduceError)
@@ -52,7 +53,7 @@ def add_problem_handlers(app: FastAPI, metrics: Callable[[str | None], Metrics])
 
     async def on_http_exception(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        response = problem_response(_error_of(error), request.state.request_id, dict(error.headers or {}))
+        response = problem_response(_error_of(error), request.state.trail.request_id, dict(error.headers or {}))
         response.status_code = error.status_code
         return response
 

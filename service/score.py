@@ -24,7 +24,7 @@ async def score(model: ServedModel, mailbox: Mailbox, asked: ScoreRequest, reque
     deadline = model.deadline(None)
     sources = await model.source_ids(dict(enumerate(asked.inputs)), truncate=asked.truncate)
     targets = await model.target_ids(dict(enumerate(asked.targets)))
-    with Call(model.engine, mailbox, request.state.client) as call:
+    with Call(model.engine, mailbox, request.state.trail) as call:
         sequences = {
             index: Sequence(ids, call.listener(index), kind="score", target_ids=targets[index], deadline=deadline)
             for index, ids in sources.items()

@@ -78,6 +78,8 @@ class Timings:
     """Until its first step was done; None for what has no steps."""
     total: float
     """Until it was finished."""
+    encoded: float | None = None
+    """Until its source was encoded; None for what is over with that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +164,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "admitted_at", "client", "deadline", "endpoint", "first_token_at", "held", "kind", "on_event", "parameters",
-        "search", "source_ids", "stage", "stream", "submitted_at", "target_ids", "worker",
+        "admitted_at", "client", "deadline", "encoded_at", "endpoint", "first_token_at", "held", "kind", "on_event",
+        "parameters", "search", "source_ids", "stage", "stream", "submitted_at", "target_ids", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -205,6 +207,7 @@ class Sequence:
         self.held: list[int] = []
         self.submitted_at = 0.0
         self.admitted_at = 0.0
+        self.encoded_at = 0.0
         self.first_token_at = 0.0
 
     @property

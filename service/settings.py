@@ -26,6 +26,7 @@ _NAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*=")
 
 Provider = Literal["auto", "cpu", "cuda"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["text", "json"]
 
 
 def _manual(
@@ -145,6 +146,15 @@ class Settings:
         metadata=_manual("Let everyone read /metrics where keys are required."),
     )
     log_level: LogLevel = field(default="info", metadata=_manual("Least serious messages to log."))
+    log_format: LogFormat = field(
+        default="text", metadata=_manual("Lines of the log: text of names and values, or a JSON object each.")
+    )
+    traces_endpoint: str = field(
+        default="",
+        metadata=_manual(
+            "URL to which traces are sent by OTLP over HTTP, as http://collector:4318/v1/traces. Needs transduce[otel]."
+        ),
+    )
 
     def __post_init__(self) -> None:
         for spec in fields(self):

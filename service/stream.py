@@ -56,7 +56,7 @@ class EventStream(Response):
             for _, event in first:
                 if isinstance(event, Failed):
                     raise EngineRefusal(event.error)
-            return cls(generation, call, first, request.state.request_id)
+            return cls(generation, call, first, request.state.trail.request_id)
         except BaseException:
             call.close()
             raise

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings, warnings = read_settings(arguments)
     from service.logs import set_up_logs
 
-    set_up_logs(settings.log_level)
+    set_up_logs(settings.log_level, settings.log_format)
     for warning in warnings:
         logger.warning("%s", warning)
 
@@ -38,11 +38,21 @@ def run(arguments: argparse.Namespace) -> int:
     from service.server import open_socket, serve
 
     models = load_all(settings)
-    app = create_app(models)
+    tracing = provider = None
+    if settings.traces_endpoint:
+        from service.tracing import Tracing, provider_for
+
+        provider = provider_for(settings.traces_endpoint)
+        tracing = Tracing(provider)
+    app = create_app(models, tracing)
     listener = open_socket(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     _announce(settings, app.state.keys, str(host), int(port))
-    return serve(app, models, listener)
+    try:
+        return serve(app, models, listener)
+    finally:
+        if provider is not None:
+            provider.shutdown()  # sends what is left
 
 
 def _announce(settings: Settings, keys: "Keys", host: str, port: int) -> None:
