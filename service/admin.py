@@ -5,7 +5,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from service.body import read_json
+from service.body import Bodies, read_json
 from service.models import Models
 from service.problem import validation_failed
 from service.schemas import ErrorResponse, ModelCard
@@ -39,7 +39,7 @@ class VersionRequest(BaseModel):
     )
 
 
-def add_admin(app: FastAPI, models: Models) -> None:
+def add_admin(app: FastAPI, models: Models, bodies: Bodies) -> None:
     """Add the route."""
 
     @app.post(
@@ -59,7 +59,7 @@ def add_admin(app: FastAPI, models: Models) -> None:
         lost. Answers when it serves. One that cannot be served is refused, and nothing changes.
         """
         try:
-            asked = VersionRequest.model_validate(await read_json(request, _MAX_BODY_BYTES))
+            asked = VersionRequest.model_validate(await read_json(request, _MAX_BODY_BYTES, bodies))
         except ValidationError as error:
             raise validation_failed(error) from None
         served = await models.replace(request.path_params["name"], asked.path)

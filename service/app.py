@@ -15,7 +15,7 @@ from starlette.routing import request_response
 
 from service import __version__
 from service.admin import ADMIN_PREFIX, add_admin
-from service.body import read_json
+from service.body import Bodies, read_json
 from service.call import Mailbox
 from service.classify import classify
 from service.documentation import add_documentation
@@ -65,6 +65,7 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
     )
     app.router.route_class = _Route
     settings = models.settings
+    bodies = Bodies(settings.max_bodies_bytes)
     app.state.keys = Keys(settings.api_keys, settings.api_key_file)
     admin_keys = Keys(settings.admin_keys, settings.admin_key_file, flag="--admin-key")
     without_key = HEALTH_PATHS | ({METRICS_PATH} if settings.metrics_without_key else frozenset())
@@ -79,14 +80,15 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
     app.add_middleware(
         Envelope,
         metrics=models.metrics,
+        bodies=bodies,
         leaving=lambda: models.status in ("draining", "stopped"),
         tracing=tracing,
     )
     add_problem_handlers(app, models.metrics)
-    _add_model_routes(app, models)
+    _add_model_routes(app, models, bodies)
     add_probes(app, models)
     if admin_keys.required:
-        add_admin(app, models)
+        add_admin(app, models, bodies)
     add_documentation(app)
     describe(app)
     return app
@@ -111,7 +113,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
 
 
-def _add_model_routes(app: FastAPI, models: Models) -> None:
+def _add_model_routes(app: FastAPI, models: Models, bodies: Bodies) -> None:
     @app.post("/v1/generate", **operation("generate", "Text to text", GenerateRequest, GenerateResponse))
     async def post_generate(request: Request) -> Response:
         """Translate, correct, transcribe: whatever the model turns one text into.
@@ -119,28 +121,28 @@ def _add_model_routes(app: FastAPI, models: Models) -> None:
         One output per input, in order. Greedy decoding by default; `parameters` asks for beams, sampling, several
         sequences and more. With `stream` the answer comes as server-sent events.
         """
-        asked = await _asked(request, models, GenerateRequest)
+        asked = await _asked(request, models, bodies, GenerateRequest)
         with models.borrow(asked.model) as model:
             return await generate(model, app.state.mailbox, asked, request)
 
     @app.post("/v1/encode", **operation("encode", "Text to vectors", EncodeRequest, EncodeResponse))
     async def post_encode(request: Request) -> Response:
         """The encoder's vectors of each text, pooled to one or token by token."""
-        asked = await _asked(request, models, EncodeRequest)
+        asked = await _asked(request, models, bodies, EncodeRequest)
         with models.borrow(asked.model) as model:
             return await encode(model, app.state.mailbox, asked, request)
 
     @app.post("/v1/score", **operation("score", "How probable a text is", ScoreRequest, ScoreResponse))
     async def post_score(request: Request) -> Response:
         """The log-probability of each target, given its input: what a beam search would have added up for it."""
-        asked = await _asked(request, models, ScoreRequest)
+        asked = await _asked(request, models, bodies, ScoreRequest)
         with models.borrow(asked.model) as model:
             return await score(model, app.state.mailbox, asked, request)
 
     @app.post("/v1/classify", **operation("classify", "Text to labels", ClassifyRequest, ClassifyResponse))
     async def post_classify(request: Request) -> Response:
         """The labels of each text with their probabilities, from a model that was trained to classify."""
-        asked = await _asked(request, models, ClassifyRequest)
+        asked = await _asked(request, models, bodies, ClassifyRequest)
         with models.borrow(asked.model) as model:
             return await classify(model, app.state.mailbox, asked, request)
 
@@ -152,13 +154,13 @@ def _add_model_routes(app: FastAPI, models: Models) -> None:
         return ModelList(data=[model.card() for model in models])
 
 
-async def _asked(request: Request, models: Models, schema: type[Asked]) -> Asked:
+async def _asked(request: Request, models: Models, bodies: Bodies, schema: type[Asked]) -> Asked:
     """The body of a request, checked. Readiness and room come first: a server that cannot answer reads
     nothing, and refuses in a fraction of the time.
     """
     models.require_room(request.state.trail.client)
     trail: Trail = request.state.trail
-    body = await read_json(request, models.settings.max_body_bytes)
+    body = await read_json(request, models.settings.max_body_bytes, bodies)
     trail.read = time.monotonic()
     if isinstance(body, dict) and isinstance(inputs := body.get("inputs"), list):
         models.require_input_count(len(inputs))  # before a million of them are looked at

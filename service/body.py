@@ -12,7 +12,8 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from service.errors import InvalidRequest, TooLarge
+from service.errors import InvalidRequest, QueueFull, TooLarge
+from service.trail import Trail
 
 MAX_DEPTH = 16
 """Deepest nesting of arrays and objects in a body; the contract itself needs three."""
@@ -23,21 +24,47 @@ _PARSE_IN_THREAD = 64 * 1024
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body, at most `limit` bytes; TooLarge as soon as that is known, without reading further."""
+class Bodies:
+    """The bodies of all requests under way, in bytes: what waits in line or is sent slowly is held meanwhile."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.held = 0
+
+    def take(self, trail: Trail, count: int) -> None:
+        """So many more of this request's. QueueFull (429) if they are too many together."""
+        self.require_room(count)
+        self.held += count
+        trail.body_bytes += count
+
+    def require_room(self, count: int) -> None:
+        """QueueFull (429) if so many could not be taken now."""
+        if self.held + count > self.limit:
+            raise QueueFull(f"requests under way hold {self.held:,} of {self.limit:,} bytes")
+
+    def give_back(self, trail: Trail) -> None:
+        """The request is over."""
+        self.held -= trail.body_bytes
+
+
+async def read_body(request: Request, limit: int, bodies: Bodies) -> bytes:
+    """The whole body, at most `limit` bytes; TooLarge or QueueFull as soon as that is known, and no further read."""
     declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdecimal() and int(declared) > limit:
-        raise _too_large(limit, f"{int(declared):,}")
+    if declared.isascii() and declared.isdecimal():
+        if int(declared) > limit:
+            raise _too_large(limit, f"{int(declared):,}")
+        bodies.require_room(int(declared))
     body = bytearray()
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        body += message.get("body", b"")
-        if len(body) > limit:
+        piece = message.get("body", b"")
+        if len(body) + len(piece) > limit:
             raise _too_large(limit, f"more than {limit:,}")
+        bodies.take(request.state.trail, len(piece))
+        body += piece
         if not message.get("more_body", False):
-            request.state.trail.body_bytes = len(body)
             return bytes(body)
 
 
@@ -45,9 +72,9 @@ def _too_large(limit: int, length: str) -> TooLarge:
     return TooLarge(f"the body has {length} bytes, the limit is {limit:,}; send fewer inputs per call")
 
 
-async def read_json(request: Request, limit: int) -> Any:
+async def read_json(request: Request, limit: int, bodies: Bodies) -> Any:
     """The body of `request` as Python values, without lone surrogates."""
-    body = await read_body(request, limit)
+    body = await read_body(request, limit, bodies)
     if len(body) > _PARSE_IN_THREAD:
         return await asyncio.to_thread(parse_json, body)
     return parse_json(body)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.body import Bodies
 from service.errors import TransduceError
 from service.logs import Words
 from service.metrics import Metrics
@@ -41,6 +42,7 @@ class Envelope:
         self,
         app: ASGIApp,
         metrics: Callable[[str | None], Metrics],
+        bodies: Bodies,
         leaving: Callable[[], bool],
         tracing: "Tracing | None" = None,
     ) -> None:
@@ -48,6 +50,7 @@ class Envelope:
         server is shutting down: its clients are then told to close their connections. `tracing` gets a span of each
         request for a model."""
         self.app = app
+        self._bodies = bodies
         self._tracing = tracing
         self._metrics = metrics
         self._leaving = leaving
@@ -93,6 +96,7 @@ class Envelope:
             self._metrics(trail.model).count_failure(error.type)
             await problem_response(error, request_id)(scope, receive, send_with_id)
         finally:
+            self._bodies.give_back(trail)
             endpoint = endpoint_of(scope)
             method = method if method in _METHODS else "other"
             self._metrics(trail.model).count_http(endpoint, status)

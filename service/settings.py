@@ -110,6 +110,12 @@ class Settings:
         default=8 * 2**20,
         metadata=_manual("Size of a request's body at most, in bytes.", low=1024),
     )
+    max_bodies_bytes: int = field(
+        default=256 * 2**20,
+        metadata=_manual(
+            "Bytes of the bodies of all requests under way at most; what is more is refused with 429.", low=1024
+        ),
+    )
     encode_tokens: int = field(
         default=1024,
         metadata=_manual(

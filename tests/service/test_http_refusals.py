@@ -2,7 +2,9 @@
 
 import json
 import logging
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -158,6 +160,24 @@ def test_a_body_that_is_too_large_is_413(client: TestClient) -> None:
     assert "limit is 2,097,152" in refusal(client.post("/v1/generate", content=body), 413, "too_large")
     chunks = (body[start : start + 65536] for start in range(0, len(body), 65536))
     refusal(client.post("/v1/generate", content=chunks), 413, "too_large")
+
+
+def test_bodies_are_bounded_together(engine: FakeEngine) -> None:
+    """While some are held there is room for few more: 429, declared or in chunks; and all of it comes back."""
+    models = fake_models(engine, max_body_bytes=2**20, max_bodies_bytes=1024)
+    engine.may_work.clear()
+    with TestClient(create_app(models)) as client, ThreadPoolExecutor() as pool:
+        first = pool.submit(client.post, "/v1/generate", json={"inputs": "a"})
+        held = pool.submit(client.post, "/v1/generate", json={"inputs": ["c" * 60] * 9})
+        while len(engine.open) < 10:
+            time.sleep(0.01)
+        body = json.dumps({"inputs": ["d" * 60] * 9}).encode()
+        message = refusal(client.post("/v1/generate", content=body), 429, "queue_full")
+        assert "of 1,024 bytes" in message
+        refusal(client.post("/v1/generate", content=iter([body[:9], body[9:]])), 429, "queue_full")
+        engine.may_work.set()
+        assert first.result().status_code == held.result().status_code == 200
+        assert client.post("/v1/generate", content=body).status_code == 200
 
 
 @pytest.mark.parametrize("status", ["new", "starting", "draining", "stopped", "failed", "failing"])
