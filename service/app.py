@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import request_response
+from starlette.routing import Route, request_response
 
 from service import __version__
 from service.admin import ADMIN_PREFIX, add_admin
@@ -22,7 +22,7 @@ from service.documentation import add_documentation
 from service.encode import encode
 from service.generate import generate
 from service.keys import Gate, Keys
-from service.middleware import Envelope, Linger
+from service.middleware import Door, Envelope, Linger
 from service.models import Models
 from service.openapi import DESCRIPTION, describe, operation
 from service.probes import HEALTH_PATHS, METRICS_PATH, add_probes
@@ -69,6 +69,9 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
     app.state.keys = Keys(settings.api_keys, settings.api_key_file)
     admin_keys = Keys(settings.admin_keys, settings.admin_key_file, flag="--admin-key")
     without_key = HEALTH_PATHS | ({METRICS_PATH} if settings.metrics_without_key else frozenset())
+    paths: set[str] = set()  # of the routes, when they are there: the layers see them with the first request
+    model_paths: set[str] = set()
+    app.add_middleware(Door, require_room=models.require_room, metrics=models.metrics(None), paths=model_paths)
     app.add_middleware(
         Gate,
         keys=app.state.keys,
@@ -81,16 +84,21 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
         Envelope,
         metrics=models.metrics,
         bodies=bodies,
+        paths=paths,
         leaving=lambda: models.status in ("draining", "stopped"),
         tracing=tracing,
     )
     add_problem_handlers(app, models.metrics)
     _add_model_routes(app, models, bodies)
+    model_paths.update(
+        route.path for route in app.routes if isinstance(route, Route) and "POST" in (route.methods or ())
+    )
     add_probes(app, models)
     if admin_keys.required:
         add_admin(app, models, bodies)
     add_documentation(app)
     describe(app)
+    paths.update(route.path for route in app.routes if isinstance(route, Route))
     return app
 
 
@@ -155,10 +163,7 @@ def _add_model_routes(app: FastAPI, models: Models, bodies: Bodies) -> None:
 
 
 async def _asked(request: Request, models: Models, bodies: Bodies, schema: type[Asked]) -> Asked:
-    """The body of a request, checked. Readiness and room come first: a server that cannot answer reads
-    nothing, and refuses in a fraction of the time.
-    """
-    models.require_room(request.state.trail.client)
+    """The body of a request, checked."""
     trail: Trail = request.state.trail
     body = await read_json(request, models.settings.max_body_bytes, bodies)
     trail.read = time.monotonic()

@@ -26,8 +26,8 @@ from service.errors import SettingsError
 from service.logs import Words, set_up_logs
 from service.models import Models
 from service.tracing import Tracing, provider_for
-from service.trail import KEPT
-from tests.service.fake_engine import fake_models
+from service.trail import KEPT, Trail
+from tests.service.fake_engine import FakeEngine, fake_models
 from tests.service.real_model import running
 
 CANARY = "kanarienvogel"
@@ -88,6 +88,23 @@ def test_a_refused_request_has_what_is_known(client: TestClient, caplog: pytest.
     assert line["status"] == 404
     assert not {"model", "source_tokens", "engine_seconds"} & set(line)
     assert CANARY not in caplog.text
+
+
+def test_an_overloaded_server_does_not_drown_its_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Of what is refused for want of room a line a second, and their number; each counts in the metrics."""
+    caplog.set_level(logging.INFO)
+    with TestClient(create_app(fake_models(FakeEngine(room=0)))) as client:
+        moment = [1000.0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("service.middleware.Trail", lambda request_id: Trail(request_id, began=moment[0]))
+            for number in range(30):
+                moment[0] = 1000.0 + number / 20
+                assert client.post("/v1/generate", json={"inputs": CANARY}).status_code == 429
+        refused = [line for line in client.get("/metrics").text.splitlines() if 'status="429"' in line]
+    assert [line.get("further_requests") for line in lines(caplog)] == [None, 19, None]
+    assert [line["status"] for line in lines(caplog)] == [429, 429, 429]
+    assert 'endpoint="/v1/generate"' in refused[0]
+    assert refused[0].endswith(" 30.0")
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
