@@ -13,6 +13,7 @@ def test_types_and_statuses_are_those_of_the_contract() -> None:
         "unauthorized": 401,
         "not_found": 404,
         "method_not_allowed": 405,
+        "conflict": 409,
         "too_large": 413,
         "validation_failed": 422,
         "queue_full": 429,

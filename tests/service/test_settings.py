@@ -36,7 +36,7 @@ def test_every_field_is_a_flag_a_variable_and_a_sentence(field: dataclasses.Fiel
     assert flag in help_text
     assert variable(field.name) in help_text
     assert str(field.metadata["help"]).endswith(".")
-    others = {"bool": "true", "float": "1.5", "Provider": "cpu", "LogLevel": "debug", "str": "x"}
+    others = {"bool": "true", "float": "1.5", "Provider": "cpu", "LogLevel": "debug", "LogFormat": "json", "str": "x"}
     other = (
         str(field.default + 1) if isinstance(field.default, int) and field.type == "int" else others[str(field.type)]
     )
