@@ -55,6 +55,13 @@ class Families:
         self._models: dict[str, Metrics] = {}
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
+        self.connections = Gauge("transduce_connections", "Connections that are open.", registry=registry)
+        self.connection_troubles = Counter(
+            "transduce_connection_troubles",
+            "Connections that were ended, or whose client left without its answer, by why.",
+            ("reason",),
+            registry=registry,
+        )
         self.ready = self._gauge("ready", "1 while the model takes requests, else 0.")
         self.model_info = self._gauge("model_info", "1 for the version of the model that is served.", "version")
         self.model_loads = self._counter("model_loads", "Versions that were loaded, by what came of it.", "outcome")
@@ -135,7 +142,7 @@ class Metrics:
     def __init__(self, families: Families, model_name: str) -> None:
         self.registry = families.registry
         self.model_name = model_name
-        self._families = families
+        self.families = families
         self._engines: list[Watched] = []
         self._version = ""
         families.ready.labels(model_name).set_function(lambda: float(any(engine.ready for engine in self._engines)))
@@ -173,29 +180,29 @@ class Metrics:
     def serve_version(self, version: str) -> None:
         """This is the version that is served now."""
         if self._version != version and self._version:
-            self._families.model_info.remove(self.model_name, self._version)
+            self.families.model_info.remove(self.model_name, self._version)
         self._version = version
-        self._families.model_info.labels(self.model_name, version).set(1)
+        self.families.model_info.labels(self.model_name, version).set(1)
 
     def count_load(self, outcome: str) -> None:
         """A version was loaded and is `served`, or it was `refused`."""
-        self._families.model_loads.labels(self.model_name, outcome).inc()
+        self.families.model_loads.labels(self.model_name, outcome).inc()
 
     def count_finished(self, endpoint: str, finish_reason: str) -> None:
         """An accepted request came to an end."""
-        self._families.requests.labels(self.model_name, endpoint, finish_reason).inc()
+        self.families.requests.labels(self.model_name, endpoint, finish_reason).inc()
 
     def count_call_failure(self, call: str) -> None:
         """A call of the model failed: for generate, encode, classify or score, or a step."""
-        self._families.call_failures.labels(self.model_name, call).inc()
+        self.families.call_failures.labels(self.model_name, call).inc()
 
     def count_failure(self, error_type: str, requests: int = 1) -> None:
         """Requests were answered with an error. Whoever answers counts: the HTTP layer, not the engine."""
-        self._families.failures.labels(self.model_name, error_type).inc(requests)
+        self.families.failures.labels(self.model_name, error_type).inc(requests)
 
     def count_http(self, endpoint: str, status: int) -> None:
         """An HTTP request was answered. `endpoint` is a route of ours, never a path that a client made up."""
-        self._families.http.labels(self.model_name, endpoint, str(status)).inc()
+        self.families.http.labels(self.model_name, endpoint, str(status)).inc()
 
 
 class WeightedHistogram(Collector):

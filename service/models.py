@@ -51,7 +51,8 @@ class Models:
     ) -> None:
         """`load_version` makes, and does not start, another version of a name. SettingsError if a name comes twice."""
         self.settings: Settings = first[0].settings
-        self.registry = first[0].metrics.registry
+        self.families: Families = first[0].metrics.families
+        self.registry = self.families.registry
         self._load_version = load_version
         self._memory = memory or Memory()
         self._served: dict[str, ServedModel] = {}

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from service.connections import Connections
 from service.request_id import make_request_id
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -41,20 +42,37 @@ class HeadTooLarge(Exception):
 class Protocol(HttpToolsProtocol):
     """One client connection."""
 
+    def __init__(self, *args: Any, connections: Connections, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._all = connections
+
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
     _body_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
     _refused = False
+    _cut = False
     _in_head = True
 
     def connection_made(self, transport: Any) -> None:
-        """A connection that sends no complete head in time is closed: an idle one must not cost a socket forever."""
+        """A connection that sends no complete head in time is closed: an idle one must not cost a socket forever. One
+        beyond the limit is told so, whatever it was about to ask."""
         super().connection_made(transport)
-        self._start_head_timer()
+        if self._all.opened():
+            self._start_head_timer()
+            return
+        self._all.trouble("too_many")
+        if self._all.far_too_many:
+            self.transport.abort()
+        else:
+            message = f"the server has its {self._all.limit:,} connections; try again in a moment"
+            self._refuse(503, "Service Unavailable", "unavailable", message, "retry-after: 1\r\n")
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
+        self._all.closed()
+        if self.cycle is not None and not self.cycle.response_complete and not self._refused and not self._cut:
+            self._all.trouble("client_left")
         self._stop_head_timer()
         self._stop_body_timer()
         self._stop_stall_timer()
@@ -110,7 +128,11 @@ class Protocol(HttpToolsProtocol):
 
     def _start_head_timer(self) -> None:
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_slow_head)
+
+    def _close_slow_head(self) -> None:
+        self._all.trouble("slow_head")
+        self.transport.close()
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -137,12 +159,15 @@ class Protocol(HttpToolsProtocol):
             self._watch_for_progress()
             return
         logger.info("a client took nothing for %g s: its connection is cut", STALLED_SECONDS)
+        self._all.trouble("stalled_reader")
+        self._cut = True
         self.transport.abort()
 
     def _refuse_slow_body(self) -> None:
         if self.cycle is not None and self.cycle.response_complete:
             self.transport.close()  # it was answered without its body, which nobody needs any more
             return
+        self._all.trouble("slow_body")
         self._refuse(408, "Request Timeout", "request_timeout", f"the body did not come within {BODY_SECONDS:g} s")
 
     def _count(self, length: int) -> None:
@@ -152,13 +177,14 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Answer what the parser refused in the contract's shape and close."""
+        self._all.trouble("malformed")
         if self._head_bytes > MAX_HEAD_BYTES:
             message = f"the request line and headers pass {MAX_HEAD_BYTES:,} bytes"
             self._refuse(431, "Request Header Fields Too Large", "headers_too_large", message)
         else:
             self._refuse(400, "Bad Request", "invalid_request", "this is not an HTTP/1.1 request")
 
-    def _refuse(self, status: int, phrase: str, kind: str, message: str) -> None:
+    def _refuse(self, status: int, phrase: str, kind: str, message: str, headers: str = "") -> None:
         self._refused = True
         if self.cycle is not None and not self.cycle.response_complete:
             if self.cycle.response_started:
@@ -170,7 +196,7 @@ class Protocol(HttpToolsProtocol):
         body = orjson.dumps({"error": {"type": kind, "message": message}, "request_id": request_id})
         head = (
             f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            f"x-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+            f"x-request-id: {request_id}\r\n{headers}connection: close\r\n\r\n"
         )
         self.transport.write(head.encode("ascii") + body)
         if self.transport.can_write_eof():

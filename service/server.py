@@ -11,6 +11,7 @@ signal ends it now: what is unfinished is answered with 503, as far as clients t
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -20,10 +21,10 @@ from collections.abc import Iterator
 import uvicorn
 from fastapi import FastAPI
 
+from service.connections import Connections
 from service.errors import SettingsError, StartupError
 from service.models import Models
 from service.protocol import Protocol
-from service.settings import Settings
 
 logger = logging.getLogger("transduce.server")
 
@@ -65,11 +66,18 @@ def open_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """How uvicorn serves `app`."""
+def configure(app: FastAPI, models: Models) -> uvicorn.Config:
+    """How uvicorn serves `app`, which is that of `models`."""
+    settings = models.settings
+    connections = Connections(settings.max_connections, models.families)
+    if connections.limit < settings.max_connections:
+        logger.warning(
+            "the system allows file descriptors for %d connections, fewer than --max-connections %d",
+            connections.limit, settings.max_connections,
+        )  # fmt: skip
     return uvicorn.Config(
         app,
-        http=Protocol,
+        http=functools.partial(Protocol, connections=connections),  # type: ignore[arg-type]  # it is only called
         ws="none",
         lifespan="on",
         log_config=None,
@@ -84,7 +92,7 @@ def configure(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 def serve(app: FastAPI, models: Models, listener: socket.socket) -> int:
     """Serve until a signal; the process's exit status."""
-    config = configure(app, models.settings)
+    config = configure(app, models)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         return runner.run(_Life(UvicornServer(config), models).run(listener))
 

@@ -106,6 +106,10 @@ class Settings:
         default=1024,
         metadata=_manual("Inputs of one call at most; more are refused with 413.", low=1),
     )
+    max_connections: int = field(
+        default=4096,
+        metadata=_manual("Connections that are open at most; one more is answered 503 and closed.", low=1),
+    )
     max_body_bytes: int = field(
         default=8 * 2**20,
         metadata=_manual("Size of a request's body at most, in bytes.", low=1024),

@@ -41,7 +41,7 @@ def serving(served: ServedModel | Models) -> Iterator[int]:
     models = served if isinstance(served, Models) else Models([served])
     listener = open_socket("127.0.0.1", 0)
     port = listener.getsockname()[1]
-    server = UvicornServer(configure(create_app(models), models.settings))
+    server = UvicornServer(configure(create_app(models), models))
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

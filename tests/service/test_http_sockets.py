@@ -10,8 +10,11 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from prometheus_client import CollectorRegistry
 
 from service import protocol
+from service.connections import Connections
+from service.metrics import Families
 from tests.service.fake_engine import FakeEngine
 from tests.service.fake_server import RunningServer, running
 
@@ -30,6 +33,13 @@ def eventually(claim: Callable[[], object], seconds: float = 20.0) -> bool:
             return False
         time.sleep(0.01)
     return True
+
+
+def troubles(server: RunningServer, reason: str) -> float:
+    """How many connections ended so."""
+    value = server.model.metrics.registry.get_sample_value("transduce_connection_troubles_total", {"reason": reason})
+    assert value is not None
+    return value
 
 
 def exchange(port: int, request: bytes) -> bytes:
@@ -113,6 +123,7 @@ def test_a_client_that_leaves_a_stream_cancels_its_sequences(server: RunningServ
         next(response.iter_lines())
     assert eventually(lambda: len(server.engine.cancelled) == 2)
     assert not server.engine.open
+    assert troubles(server, "client_left") == 1
 
 
 def test_events_come_while_the_text_is_being_made(server: RunningServer) -> None:
@@ -172,6 +183,7 @@ def test_a_head_that_never_ends_is_closed(server: RunningServer, monkeypatch: py
     """A slow client costs a socket for a bounded time."""
     monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
     assert exchange(server.port, b"GET /healthz HTTP/1.1\r\nX: ") == b""
+    assert troubles(server, "slow_head") == 1
 
 
 def test_a_body_that_never_ends_is_408(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +193,7 @@ def test_a_body_that_never_ends_is_408(server: RunningServer, monkeypatch: pytes
         answer = exchange(server.port, b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{" % path)
         assert answer.count(b"HTTP/1.1 408 ") == (path != b"/healthz")
     assert b'"request_timeout"' in exchange(server.port, post(b"")[:-4].replace(b": 0", b": 9") + b"\r\n\r\n{")
+    assert troubles(server, "slow_body") == 2
     assert httpx.get(f"{server.url}/healthz").status_code == 200
 
 
@@ -211,6 +224,48 @@ def test_who_never_reads_an_answer_is_cut_off(server: RunningServer, monkeypatch
     whole = len(exchange(server.port, request))
     assert 0 < received < whole
     assert told == ["a client took nothing for %g s: its connection is cut"]
+    assert (troubles(server, "stalled_reader"), troubles(server, "client_left")) == (1, 0)
+
+
+def test_connections_are_bounded() -> None:
+    """One more is told so and closed, and costs nobody an answer; far too many are not even told."""
+    with running(FakeEngine(), max_connections=4) as server, contextlib.ExitStack() as stack:
+        client = stack.enter_context(httpx.Client())
+        assert client.get(f"{server.url}/healthz").status_code == 200
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(3)]
+        assert eventually(lambda: connections(server) == 4)
+        refused = exchange(server.port, b"")
+        assert refused.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after: 1\r\n" in refused
+        assert b'"unavailable"' in refused
+        late = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(12)]
+        assert eventually(lambda: troubles(server, "too_many") == 13)
+        said = []
+        for connection in late:
+            with contextlib.suppress(ConnectionError):
+                said.append(connection.recv(65536))
+        assert 1 <= sum(answer.startswith(b"HTTP/1.1 503 ") for answer in said) < 12
+        assert client.post(f"{server.url}/v1/generate", json={"inputs": "a"}).status_code == 200
+        for connection in [*idle, *late]:
+            connection.close()
+        assert eventually(lambda: connections(server) == 1)
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+
+
+def connections(server: RunningServer) -> float | None:
+    return server.model.metrics.registry.get_sample_value("transduce_connections")
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "limit"), [(1024, 1 << 20, 4096), (1024, 2048, 1920), (1 << 20, 1 << 20, 4096)]
+)
+def test_connections_need_file_descriptors(monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, limit: int) -> None:
+    """As many as the limit wants are asked for; what the system does not give lowers it."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr("service.connections.resource.getrlimit", lambda _: (soft, hard))
+    monkeypatch.setattr("service.connections.resource.setrlimit", lambda _, limits: asked.append(limits))
+    assert Connections(4096, Families(CollectorRegistry())).limit == limit
+    assert asked == ([] if soft == hard else [(limit + 128, hard)])
 
 
 def test_an_offer_of_another_protocol_is_ignored(server: RunningServer) -> None:
