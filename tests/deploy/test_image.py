@@ -151,6 +151,30 @@ def test_keys_are_mounted(image: str, tmp_path: Path) -> None:
         assert answer.status_code == 200
 
 
+def test_a_shard_of_a_file_is_translated_as_the_job_does(image: str, tmp_path: Path) -> None:
+    """It has what the script calls (bash, split, sync), and may write to the volume alone."""
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "english.txt").write_text("Good morning!\nWhere is the train station?\n" * 3)
+    tmp_path.chmod(0o755)
+    files.chmod(0o777)  # in a cluster fsGroup lets the user write
+    script = ROOT / "deploy/jobs/translate/translate.sh"
+    settings = {"SHARDS": "2", "INPUT": "/files/english.txt", "OUTPUT": "/files/german", "PARAMETERS": "--num-beams 4"}
+    for index in (0, 1):
+        environment = {**settings, "JOB_COMPLETION_INDEX": str(index)}
+        docker(
+            "run", "--rm", "--network", "none", *HARDENED, "--entrypoint", "bash",
+            "--volume", f"{files}:/files", "--volume", f"{script}:/script/translate.sh:ro",
+            *(part for name, value in environment.items() for part in ("--env", f"{name}={value}")),
+            image, "/script/translate.sh",
+        )  # fmt: skip
+    shards = sorted((files / "german").iterdir())
+    assert [shard.name for shard in shards] == ["00000-of-00002", "00001-of-00002"]
+    lines = "".join(shard.read_text() for shard in shards).splitlines()
+    assert len(lines) == 6
+    assert lines[1::2] == ["Wo ist der Bahnhof?"] * 3
+
+
 def test_a_wrong_setting_ends_it_with_one_line(image: str) -> None:
     outcome = subprocess.run(
         ["docker", "run", "--rm", "--network", "none", image, "serve", "--max-rows", "0"],
