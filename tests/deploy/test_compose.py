@@ -31,7 +31,8 @@ def test_both_containers_are_hardened_and_bound_to_this_machine() -> None:
 
 def test_the_service_has_time_to_drain() -> None:
     """Before it is killed: the drain, the engine's end, and what slow readers get."""
-    slow_readers = configure(object(), Settings()).timeout_graceful_shutdown  # type: ignore[arg-type]  # not looked at
+    application: Any = object()  # not looked at
+    slow_readers = configure(application, Settings()).timeout_graceful_shutdown
     assert slow_readers is not None
     grace = int(SERVICES["transduce"]["stop_grace_period"].removesuffix("s"))
     drain = float(SERVICES["transduce"]["environment"]["TRANSDUCE_DRAIN_SECONDS"])

@@ -194,6 +194,16 @@ def test_kserve_serves_the_artifact_that_it_fetches() -> None:
     assert container["ports"][0]["containerPort"] == int(runtime["spec"]["annotations"]["prometheus.kserve.io/port"])
 
 
+def test_what_kserve_makes_a_pod_of_is_one() -> None:
+    """The runtime's container with what the predictor says of its pod, against Kubernetes's own schema."""
+    runtime, model = the(build("overlays/kserve"), "ServingRuntime"), the(build("overlays/kserve"), "InferenceService")
+    own = {"model", "minReplicas", "maxReplicas", "scaleMetric", "scaleTarget"}  # fields of KServe's
+    of_pod = {name: value for name, value in model["spec"]["predictor"].items() if name not in own}
+    pod = {"apiVersion": "v1", "kind": "Pod", "spec": {**of_pod, "containers": runtime["spec"]["containers"]}}
+    assert_valid((pod,), VERSIONS[0])
+    assert_valid((pod,), VERSIONS[-1])
+
+
 def test_kserves_container_is_that_of_the_base() -> None:
     """The same probes, limits and security, said once more because KServe takes no Deployment."""
     (container,) = the(build("overlays/kserve"), "ServingRuntime")["spec"]["containers"]

@@ -152,16 +152,12 @@ def test_the_grace_period_holds_all_that_an_end_may_take(name: str) -> None:
         (container,), grace = pod["containers"], pod["terminationGracePeriodSeconds"]
     settings, _ = read_settings(environ=environment(container))
     sleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    slow_readers = configure(create_nothing(), settings).timeout_graceful_shutdown
+    application: Any = object()  # not looked at
+    slow_readers = configure(application, settings).timeout_graceful_shutdown
     assert slow_readers is not None
     assert grace > sleep + settings.drain_seconds + ENGINE_ENDS + slow_readers
     source = (ROOT / "service/server.py").read_text()
     assert f"self._engine.join, seconds + {ENGINE_ENDS})" in source
-
-
-def create_nothing() -> Any:
-    """An application that `configure` does not look at."""
-    return object()
 
 
 def test_pre_stop_outlasts_the_news_of_an_end() -> None:
