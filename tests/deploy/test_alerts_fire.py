@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.monitored import RULES, Prometheus, Server, again_and_again, hurried, prometheus, until
+from tests.deploy.monitored import RULES, Prometheus, Server, again_and_again, hurried, prometheus, tool, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 TEXT = "The children are playing in the garden, and nobody knows where they have come from."
 WINDOW = "10s"
 PATIENCE = 60
-"""Seconds in which an alert has to come. Of two seconds in which nothing may be wrong, see `calm`."""
+"""Seconds in which an alert has to come."""
 
 
 BROKEN_ONCE_TOLD = """
@@ -33,6 +33,12 @@ def step(self, *arguments, **named):
 Runner.step = step
 """
 """What is run in a server, so that its decoder steps fail, or never end, from the moment that a file is there."""
+
+
+@pytest.fixture(autouse=True)
+def _prometheus() -> None:
+    """Looked for before any server is started."""
+    tool("prometheus")
 
 
 @contextmanager
