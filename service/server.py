@@ -25,6 +25,7 @@ from service.connections import Connections
 from service.errors import SettingsError, StartupError
 from service.models import Models
 from service.protocol import Protocol
+from service.settings import Settings
 
 logger = logging.getLogger("transduce.server")
 
@@ -34,7 +35,15 @@ KEEP_ALIVE_SECONDS = 75
 HURRIED_SECONDS = 1.0
 """What a second signal leaves for answers."""
 
+ENGINE_SECONDS = 5.0
+"""How much longer than the drain its engines may take to end."""
+
 _BACKLOG = 2048
+
+
+def slow_reader_seconds(settings: Settings) -> int:
+    """What connections get to read their answers when the engines have ended."""
+    return max(1, round(settings.drain_seconds))
 
 
 class UvicornServer(uvicorn.Server):
@@ -86,7 +95,7 @@ def configure(app: FastAPI, models: Models) -> uvicorn.Config:
         proxy_headers=False,
         backlog=_BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        timeout_graceful_shutdown=slow_reader_seconds(settings),
     )
 
 
@@ -163,6 +172,6 @@ class _Life:
         seconds = self._settings.drain_seconds
         self._models.drain(seconds)
         # A little longer than the engines' own limit: they fail what is left, and the answers say so.
-        if not await self._models.join(seconds + 5):
+        if not await self._models.join(seconds + ENGINE_SECONDS):
             logger.warning("the engines did not end in time")
             self._status = self._status or 1

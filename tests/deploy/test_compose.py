@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from service.server import configure
+from service.server import slow_reader_seconds
 from service.settings import Settings
 from tests.deploy.manifests import DEPLOY
 
@@ -31,9 +31,7 @@ def test_both_containers_are_hardened_and_bound_to_this_machine() -> None:
 
 def test_the_service_has_time_to_drain() -> None:
     """Before it is killed: the drain, the engine's end, and what slow readers get."""
-    application: Any = object()  # not looked at
-    slow_readers = configure(application, Settings()).timeout_graceful_shutdown
-    assert slow_readers is not None
+    slow_readers = slow_reader_seconds(Settings())
     grace = int(SERVICES["transduce"]["stop_grace_period"].removesuffix("s"))
     drain = float(SERVICES["transduce"]["environment"]["TRANSDUCE_DRAIN_SECONDS"])
     assert drain == Settings().drain_seconds

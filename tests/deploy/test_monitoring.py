@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 
 from service import errors
 from service.errors import RequestError, TransduceError
-from service.metrics import FINISH_REASONS, PHASES, Metrics
+from service.metrics import FINISH_REASONS, PHASES, Families
 from tests.deploy.manifests import DEPLOY
 from tests.deploy.monitored import RULES, promtool
 
@@ -42,7 +42,7 @@ def queries() -> dict[str, str]:
 def samples() -> dict[str, set[str]]:
     """The series that the service can give, by name, with their labels."""
     registry = CollectorRegistry()
-    metrics = Metrics(registry, "any")
+    metrics = Families(registry).of("any")
     metrics.count_finished("generate", "stop")
     metrics.count_failure("queue_full")
     metrics.count_http("/v1/generate", 200)

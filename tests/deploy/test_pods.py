@@ -12,12 +12,9 @@ import pytest
 
 from service.keys import Keys, make_key
 from service.probes import HEALTH_PATHS
-from service.server import configure
+from service.server import ENGINE_SECONDS, slow_reader_seconds
 from service.settings import PREFIX, Settings, read_settings, variable
 from tests.deploy.manifests import DEPLOY, JOBS, ROOT, SERVERS, WHOLE, Object, build, build_with, pod_of, the, workloads
-
-ENGINE_ENDS = 5
-"""Seconds that `service.server` gives the engine beyond the drain."""
 
 ALLOWED_VOLUMES = {
     "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret",
@@ -152,12 +149,7 @@ def test_the_grace_period_holds_all_that_an_end_may_take(name: str) -> None:
         (container,), grace = pod["containers"], pod["terminationGracePeriodSeconds"]
     settings, _ = read_settings(environ=environment(container))
     sleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    application: Any = object()  # not looked at
-    slow_readers = configure(application, settings).timeout_graceful_shutdown
-    assert slow_readers is not None
-    assert grace > sleep + settings.drain_seconds + ENGINE_ENDS + slow_readers
-    source = (ROOT / "service/server.py").read_text()
-    assert f"self._engine.join, seconds + {ENGINE_ENDS})" in source
+    assert grace > sleep + settings.drain_seconds + ENGINE_SECONDS + slow_reader_seconds(settings)
 
 
 def test_pre_stop_outlasts_the_news_of_an_end() -> None:
