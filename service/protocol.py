@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.connections import Connections
 from service.request_id import make_request_id
@@ -45,6 +45,7 @@ class Protocol(HttpToolsProtocol):
     def __init__(self, *args: Any, connections: Connections, **options: Any) -> None:
         super().__init__(*args, **options)
         self._all = connections
+        self._under_way: list[RequestResponseCycle] = []  # more than one if a client sends ahead
 
     _head_bytes = 0
     _head_timer: asyncio.TimerHandle | None = None
@@ -71,8 +72,12 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._all.closed()
-        if self.cycle is not None and not self.cycle.response_complete and not self._refused and not self._cut:
+        unanswered = [cycle for cycle in self._under_way if not cycle.response_complete]
+        if unanswered and not self._refused and not self._cut:
             self._all.trouble("client_left")
+        for cycle in unanswered:  # uvicorn tells the last one alone, and the others would write to nobody
+            cycle.disconnected = True
+            cycle.message_event.set()
         self._stop_head_timer()
         self._stop_body_timer()
         self._stop_stall_timer()
@@ -119,6 +124,9 @@ class Protocol(HttpToolsProtocol):
         self._stop_head_timer()
         self._body_timer = self.loop.call_later(BODY_SECONDS, self._refuse_slow_body)
         super().on_headers_complete()
+        self._under_way = [cycle for cycle in self._under_way if not cycle.response_complete]
+        if self.cycle not in self._under_way:
+            self._under_way.append(self.cycle)
 
     def on_message_complete(self) -> None:
         """The body is whole."""
@@ -186,12 +194,16 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, phrase: str, kind: str, message: str, headers: str = "") -> None:
         self._refused = True
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self.cycle is not None and not self.cycle.response_complete and self.cycle.more_body:
             if self.cycle.response_started:
                 self.transport.close()  # nothing can be said in the middle of a response
                 return
             self.cycle.disconnected = True  # its body was broken: the handler that waits for the rest is told to leave
             self.cycle.message_event.set()
+        before = [cycle for cycle in self._under_way if not (cycle.response_complete or cycle.disconnected)]
+        if before:  # what was sent ahead is answered, not overtaken; then the connection closes
+            before[0].keep_alive = False
+            return
         request_id = make_request_id()
         body = orjson.dumps({"error": {"type": kind, "message": message}, "request_id": request_id})
         head = (

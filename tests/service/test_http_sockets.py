@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import socket
 import threading
 import time
@@ -225,6 +226,29 @@ def test_who_never_reads_an_answer_is_cut_off(server: RunningServer, monkeypatch
     assert 0 < received < whole
     assert told == ["a client took nothing for %g s: its connection is cut"]
     assert (troubles(server, "stalled_reader"), troubles(server, "client_left")) == (1, 0)
+
+
+def test_what_was_sent_ahead_of_garbage_is_answered(server: RunningServer) -> None:
+    """A refusal overtakes no answer: the first request gets its own, then the connection closes."""
+    answer = exchange(server.port, post(b'{"inputs": "echo"}') + b"GARBAGE\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert b'"text":"echo"' in answer
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert troubles(server, "malformed") == 1
+
+
+def test_a_client_that_sends_ahead_and_leaves_is_no_error(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Several requests are under way on its connection; all of them are given up."""
+    server.engine.may_work.clear()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(post(b'{"inputs": "a"}') * 3)
+        assert eventually(lambda: server.engine.open)
+    assert eventually(lambda: len(server.engine.cancelled) == 1)
+    server.engine.may_work.set()
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_connections_are_bounded() -> None:
