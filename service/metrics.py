@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 
 FINISH_REASONS = ("stop", "length", "timeout", "cancelled", "error")
 PHASES = ("schedule", "encode", "step", "select")
+CALLS = ("generate", "encode", "classify", "score", "step", "align", "allocate", "iteration")
 
 _LATENCY = (
     0.005,
@@ -166,6 +167,8 @@ class Metrics:
         self.e2e_request_latency = families.e2e_request_latency.labels(model_name)
         self.request_queue_time = families.request_queue_time.labels(model_name)
         self.iteration = {phase: families.iteration.labels(model_name, phase) for phase in PHASES}
+        for call in CALLS:  # from the first scrape on: an increase from nothing is none
+            families.call_failures.labels(model_name, call)
         self.batch_rows = families.batch_rows.labels(model_name)
         self.batch_padding_ratio = families.batch_padding_ratio.labels(model_name)
 
@@ -193,7 +196,7 @@ class Metrics:
         self.families.requests.labels(self.model_name, endpoint, finish_reason).inc()
 
     def count_call_failure(self, call: str) -> None:
-        """A call of the model failed: for generate, encode, classify or score, or a step."""
+        """A call of the model failed: one of CALLS."""
         self.families.call_failures.labels(self.model_name, call).inc()
 
     def count_failure(self, error_type: str, requests: int = 1) -> None:

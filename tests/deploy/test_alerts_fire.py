@@ -164,16 +164,31 @@ def test_a_server_that_hardly_gets_a_processor_is_slow(tmp_path: Path) -> None:
         server.stop()
 
 
-def test_a_model_that_fails_gives_errors(tmp_path: Path) -> None:
-    """A decoder step that raises: every request is 500."""
+def test_a_model_that_fails_at_times_gives_errors(tmp_path: Path) -> None:
+    """Every third decoder step raises: requests are 500, and as it works in between the server stays alive."""
+    told = tmp_path / "told"
+    trouble = "Runner.steps = getattr(Runner, 'steps', 0) + 1; assert Runner.steps % 3"
+    server = Server(before=BROKEN_ONCE_TOLD.format(file=str(told), trouble=trouble))
+    with watched(tmp_path, server) as prometheus:
+        with again_and_again(lambda: server.post("/v1/generate", {"inputs": TEXT}), pause=0.1):
+            calm(prometheus)
+            told.touch()
+            comes(prometheus, "TransduceErrors")
+            comes(prometheus, "TransduceModelFailing")
+        assert server.get("/healthz").status_code == 200
+
+
+def test_a_model_that_fails_at_everything_ends_the_pod(tmp_path: Path) -> None:
+    """Every step raises, those of the self-test, too: the liveness probe is told, and readiness."""
     told = tmp_path / "told"
     server = Server(before=BROKEN_ONCE_TOLD.format(file=str(told), trouble="raise RuntimeError('broken')"))
     with watched(tmp_path, server) as prometheus:
         with again_and_again(lambda: server.post("/v1/generate", {"inputs": TEXT}), pause=0.1):
             calm(prometheus)
             told.touch()
-            comes(prometheus, "TransduceErrors")
-        assert server.post("/v1/generate", {"inputs": TEXT}).status_code == 500
+            assert comes(prometheus, "TransduceModelFailing")["labels"]["call"] == "step"
+            comes(prometheus, "TransduceUnavailable")
+        assert (server.get("/healthz").status_code, server.get("/readyz").status_code) == (503, 503)
 
 
 def test_an_engine_that_hangs_is_stalled(tmp_path: Path) -> None:
