@@ -2,13 +2,14 @@
 # make test     the tests;  make test-slow  those that take minutes;  make test-docker  those of the image
 # make check    ruff, mypy, import contracts
 # make lock     deploy/lock anew, after a change of dependencies
+# make audit    known weaknesses of what an image holds (asks the registry);  make sbom  a list of it: build/sbom-cpu.json
 PYTHON ?= python3
 VENV ?= .venv
 PORT ?= 8000
 ARGS ?=
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: serve test test-slow test-docker check lock clean
+.PHONY: serve test test-slow test-docker check lock audit sbom clean
 
 serve: $(VENV)/serve.stamp
 	$(VENV)/bin/transduce serve --port $(PORT) $(ARGS)
@@ -49,6 +50,18 @@ lock: | $(VENV)/bin/python
 	$(COMPILE) --extra cpu pyproject.toml --output-file deploy/lock/cpu.txt
 	$(COMPILE) --extra gpu pyproject.toml --output-file deploy/lock/gpu.txt
 	echo 'hatchling>=1.27' | $(COMPILE) - --output-file deploy/lock/build.txt
+
+# Both images, by the locks. torch is in neither.
+audit: | $(VENV)/bin/python
+	$(PIP) install pip-audit
+	$(VENV)/bin/pip-audit --strict --disable-pip --require-hashes -r deploy/lock/cpu.txt
+	$(VENV)/bin/pip-audit --strict --disable-pip --require-hashes -r deploy/lock/gpu.txt
+
+sbom: | $(VENV)/bin/python
+	$(PIP) install cyclonedx-bom
+	mkdir -p build
+	$(VENV)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o build/sbom-cpu.json deploy/lock/cpu.txt
+	$(VENV)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o build/sbom-gpu.json deploy/lock/gpu.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

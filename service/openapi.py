@@ -164,7 +164,20 @@ def _answers(name: str) -> dict[int | str, dict[str, Any]]:
     whole = {"application/json": {"example": _ANSWER_EXAMPLES[name]}}
     if name != "generate":
         return {200: {"content": whole}}
-    event = {"$ref": _REFERENCE.format(model=StreamEvent.__name__)}
+    # Each event as an object of its fields, of which there is one; what is in it is JSON, but for the last.
+    told = [
+        {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": _REFERENCE.format(model=m)},
+        }
+        for m in (StreamEvent.__name__, ErrorResponse.__name__)
+    ]
+    event = {
+        "type": "object",
+        "properties": {"data": {"anyOf": [*told, {"const": "[DONE]"}]}},
+        "required": ["data"],
+    }
     description = "The whole answer, or, with `stream`, one `data:` line per event and `data: [DONE]` at the end."
     return {200: {"description": description, "content": {**whole, "text/event-stream": {"schema": event}}}}
 

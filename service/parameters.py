@@ -92,8 +92,25 @@ def _count(default: int | None, low: int, description: str) -> Any:
     return Field(default=default, description=description, json_schema_extra={"minimum": low})
 
 
+def _say_that_null_is_left_out(schema: dict[str, Any]) -> None:
+    """The document says what the validator below does: every parameter may be null."""
+    for name, own in schema["properties"].items():
+        about = {key: own.pop(key) for key in ("default", "description", "title") if key in own}
+        kinds = own.pop("anyOf", None)
+        if kinds is None:
+            kinds, own = [own], {}
+        if _NULL not in kinds:
+            kinds = [*kinds, _NULL]
+        schema["properties"][name] = {"anyOf": kinds, **own, **about}
+
+
+_NULL = {"type": "null"}
+
+
 class Parameters(Closed):
     """How to generate; null means left out."""
+
+    model_config = ConfigDict(json_schema_extra=_say_that_null_is_left_out)
 
     max_new_tokens: int | None = _count(
         None, 1, "Tokens to generate at most, the end token included; by default as many as the model allows."
