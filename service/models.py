@@ -73,9 +73,6 @@ class Models:
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._served.values())
 
-    def __len__(self) -> int:
-        return len(self._served)
-
     # ---- who answers ----
 
     def named(self, name: str | None) -> ServedModel:
