@@ -175,6 +175,30 @@ def test_a_shard_of_a_file_is_translated_as_the_job_does(image: str, tmp_path: P
     assert lines[1::2] == ["Wo ist der Bahnhof?"] * 3
 
 
+@pytest.fixture(scope="session")
+def cuda_image(image: str) -> str:
+    tag = f"{image}-cuda"
+    docker("build", "--network", "host", "--target", "cuda", "--tag", tag, str(ROOT), seconds=850)
+    return tag
+
+
+def test_the_cuda_image_lacks_nothing_but_a_driver(cuda_image: str) -> None:
+    """Where there is no GPU it says so and ends, since every other library was found; on the CPU it translates."""
+    if Path("/proc/driver/nvidia/version").exists():
+        pytest.skip("this host has an NVIDIA driver: the image would start")
+    outcome = subprocess.run(
+        ["docker", "run", "--rm", "--network", "none", cuda_image], capture_output=True, text=True, timeout=120
+    )
+    assert outcome.returncode == 2
+    assert "libcuda.so.1: cannot open shared object file" in outcome.stderr
+    assert "provider: cuda could not be started" in outcome.stderr
+    assert "choose --provider cpu" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    with running(cuda_image, "--env", "TRANSDUCE_PROVIDER=cpu") as (_, url):
+        answer = httpx.post(f"{url}/v1/generate", json={"inputs": "Where is the train station?"})
+        assert answer.json()["outputs"][0]["sequences"][0]["text"] == "Wo ist der Bahnhof?"
+
+
 def test_a_wrong_setting_ends_it_with_one_line(image: str) -> None:
     outcome = subprocess.run(
         ["docker", "run", "--rm", "--network", "none", image, "serve", "--max-rows", "0"],
