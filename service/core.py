@@ -91,6 +91,7 @@ class Core:
         phases["schedule"].observe(admitted - began)
         oldest_newcomer = self.batch.rows
         if groups:
+            self._ledger.report()  # should a call never come back, they are seen to run
             for group in groups:
                 self._encode(group)
             phases["encode"].observe(clock() - admitted)

@@ -337,6 +337,16 @@ def test_each_endpoint_is_counted_under_its_own_label(bench: Bench) -> None:
         assert sample(bench.metrics, "requests_total", endpoint=endpoint) == 1
 
 
+def test_newcomers_run_from_their_first_call_on(bench: Bench) -> None:
+    """Should it never come back, they are seen."""
+    seen: list[float] = []
+    bench.runner.before_encoding = lambda: seen.append(sample(bench.metrics, "num_requests_running"))
+    bench.submit(*(bench.client.generate([place], 1) for place in (3, 4)))
+    bench.run()
+    assert seen == [2]
+    assert sample(bench.metrics, "num_requests_running") == 0
+
+
 def test_metrics_are_the_models(bench: Bench) -> None:
     """Every sample of ours but what connections are counted by has the model's name, and none what a client wrote."""
     bench.submit(bench.client.generate([3], 1))
