@@ -19,10 +19,11 @@ from service.body import Bodies, read_json
 from service.call import Mailbox
 from service.classify import classify
 from service.documentation import add_documentation
+from service.door import Door, Doorkeeper, Refusals
 from service.encode import encode
 from service.generate import generate
 from service.keys import Gate, Keys
-from service.middleware import Door, Envelope, Linger
+from service.middleware import Envelope, Linger
 from service.models import Models
 from service.openapi import DESCRIPTION, describe, operation
 from service.probes import HEALTH_PATHS, METRICS_PATH, add_probes
@@ -71,7 +72,11 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
     without_key = HEALTH_PATHS | ({METRICS_PATH} if settings.metrics_without_key else frozenset())
     paths: set[str] = set()  # of the routes, when they are there: the layers see them with the first request
     model_paths: set[str] = set()
-    app.add_middleware(Door, require_room=models.require_room, metrics=models.metrics(None), paths=model_paths)
+    refusals = Refusals()
+    keeper = Doorkeeper(models, app.state.keys, model_paths, refusals, _KEEP_ALIVE_BODY)
+    # A trace has every request for a model, those that are refused at once too.
+    app.state.turn_away = keeper.turn_away if tracing is None else None
+    app.add_middleware(Door, keeper=keeper, models=models)
     app.add_middleware(
         Gate,
         keys=app.state.keys,
@@ -86,6 +91,7 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
         bodies=bodies,
         paths=paths,
         leaving=lambda: models.status in ("draining", "stopped"),
+        refusals=refusals,
         tracing=tracing,
     )
     add_problem_handlers(app, models.metrics)

@@ -93,6 +93,13 @@ class Keys:
                 found = entry.client
         return found
 
+    def client_of(self, headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+        """Whose request it is, by its header Authorization; empty if no key is wanted, None if it shows none."""
+        if not self.required:
+            return ""
+        shown = [value for name, value in headers if name == b"authorization"]
+        return self.client(key) if len(shown) == 1 and (key := _bearer(shown[0])) else None
+
     def _look_again(self) -> None:
         now = self._clock()
         if self._path is None or now - self._looked_at < LOOK_AGAIN_SECONDS:
@@ -139,10 +146,8 @@ class Gate:
         if not keys.required or scope["path"] in self._open_paths:
             await self.app(scope, receive, send)
             return
-        shown = [value for name, value in scope["headers"] if name == b"authorization"]
-        client = keys.client(key) if len(shown) == 1 and (key := _bearer(shown[0])) else None
-        if client is None:
-            error = Unauthorized(_WRONG if shown else _MISSING)
+        if (client := keys.client_of(scope["headers"])) is None:
+            error = Unauthorized(_WRONG if any(name == b"authorization" for name, _ in scope["headers"]) else _MISSING)
             self._metrics.count_failure(error.type)
             answer = problem_response(error, scope["state"]["trail"].request_id, {"www-authenticate": "Bearer"})
             await answer(scope, receive, send)

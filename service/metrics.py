@@ -6,6 +6,7 @@ A *request* is one input of a call. Labels are bounded: model, endpoint, status,
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import threading
 from collections.abc import Iterator
@@ -169,6 +170,9 @@ class Metrics:
         self.iteration = {phase: families.iteration.labels(model_name, phase) for phase in PHASES}
         for call in CALLS:  # from the first scrape on: an increase from nothing is none
             families.call_failures.labels(model_name, call)
+        # Looking up a counter by its labels takes longer than counting.
+        self._failures = functools.cache(functools.partial(families.failures.labels, model_name))
+        self._http = functools.cache(functools.partial(families.http.labels, model_name))
         self.batch_rows = families.batch_rows.labels(model_name)
         self.batch_padding_ratio = families.batch_padding_ratio.labels(model_name)
 
@@ -201,11 +205,11 @@ class Metrics:
 
     def count_failure(self, error_type: str, requests: int = 1) -> None:
         """Requests were answered with an error. Whoever answers counts: the HTTP layer, not the engine."""
-        self.families.failures.labels(self.model_name, error_type).inc(requests)
+        self._failures(error_type).inc(requests)
 
     def count_http(self, endpoint: str, status: int) -> None:
         """An HTTP request was answered. `endpoint` is a route of ours, never a path that a client made up."""
-        self.families.http.labels(self.model_name, endpoint, str(status)).inc()
+        self._http(endpoint, status).inc()
 
 
 class WeightedHistogram(Collector):

@@ -1,14 +1,13 @@
 """What surrounds every request: its id, its count, its line in the log, and an answer whatever happens inside.
 
-Three plain ASGI layers. `Envelope` is the outer one: it knows ids, metrics, the log and the last-resort 500. `Linger`
-keeps a connection readable while a client is still sending a body that was already refused. `Door` is the inner one: it
-refuses what there is no room for before anything is routed or read. None knows what a request means.
+Two plain ASGI layers. `Envelope` is the outer one: it knows ids, metrics, the log and the last-resort 500. `Linger`
+keeps a connection readable while a client is still sending a body that was already refused. None knows what a request
+means.
 """
 
 import asyncio
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
@@ -17,7 +16,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.body import Bodies
-from service.errors import RequestError, TransduceError
+from service.door import Refusals, body_may_be_long
+from service.errors import QueueFull, TransduceError
 from service.logs import Words
 from service.metrics import Metrics
 from service.problem import problem_response
@@ -46,16 +46,17 @@ class Envelope:
         bodies: Bodies,
         paths: Collection[str],
         leaving: Callable[[], bool],
+        refusals: Refusals,
         tracing: "Tracing | None" = None,
     ) -> None:
         """`metrics` gives those of a model, or, for None, those of what concerns no model. `paths` are those of the
         routes, whose requests are counted under their names even if none of them was reached. `leaving` tells whether
-        the server is shutting down: its clients are then told to close their connections. `tracing` gets a span of
-        each request for a model."""
+        the server is shutting down: its clients are then told to close their connections. `refusals` say which of
+        them are logged. `tracing` gets a span of each request for a model."""
         self.app = app
         self._bodies = bodies
         self._paths = paths
-        self._refusals = _Refusals()
+        self._refusals = refusals
         self._tracing = tracing
         self._metrics = metrics
         self._leaving = leaving
@@ -108,8 +109,8 @@ class Envelope:
             if self._tracing is not None and span is not None:
                 self._tracing.end(span, trail, method, endpoint, status)
             level = logging.INFO if endpoint.startswith(_MODEL_ROUTES) else logging.DEBUG
-            if status == _REFUSED and not self._refusals.are_news(trail.began):
-                level = logging.DEBUG
+            if status == QueueFull.status:
+                level = self._refusals.level(trail.began)
             if logger.isEnabledFor(level):
                 words = Words(request_id=request_id, method=method, endpoint=endpoint, status=status)
                 words["seconds"] = round(time.monotonic() - trail.began, 4)
@@ -118,9 +119,6 @@ class Envelope:
                     words["trace_id"] = format(span.get_span_context().trace_id, "032x")
                 logger.log(level, words)
 
-
-_REFUSED = 429
-_REFUSALS_TOLD_SECONDS = 1.0
 
 _MODEL_ROUTES = ("/v1/", "/admin/")
 
@@ -133,49 +131,6 @@ def endpoint_of(scope: Scope, paths: Collection[str]) -> str:
     if isinstance(path, str):
         return path
     return scope["path"] if scope["path"] in paths else UNKNOWN_ENDPOINT
-
-
-class _Refusals:
-    """The log of an overloaded server: a line a second for what is refused with 429, and their number."""
-
-    def __init__(self) -> None:
-        self._since = -math.inf
-        self._unsaid = 0
-
-    def are_news(self, now: float) -> bool:
-        """Whether the one that comes now has a line of its own; then the number of those without is told, too."""
-        if now - self._since < _REFUSALS_TOLD_SECONDS:
-            self._unsaid += 1
-            return False
-        if self._unsaid:
-            logger.info(Words(status=_REFUSED, further_requests=self._unsaid, seconds=round(now - self._since, 1)))
-        self._since, self._unsaid = now, 0
-        return True
-
-
-class Door:
-    """Refuses at once what the engine has no room for, whatever it is: a full server has no time for more."""
-
-    def __init__(
-        self, app: ASGIApp, require_room: Callable[[str], None], metrics: Metrics, paths: Collection[str]
-    ) -> None:
-        """`require_room` raises if nothing of a client would be taken now. `paths`: requests that need room."""
-        self.app = app
-        self._require_room = require_room
-        self._metrics = metrics
-        self._paths = paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve or refuse one request."""
-        if scope["type"] == "http" and scope["path"] in self._paths and scope["method"] == "POST":
-            trail: Trail = scope["state"]["trail"]
-            try:
-                self._require_room(trail.client)
-            except RequestError as error:
-                self._metrics.count_failure(error.type)
-                await problem_response(error, trail.request_id)(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
 
 
 class Linger:
@@ -197,7 +152,7 @@ class Linger:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or not self._may_be_long(scope):
+        if scope["type"] != "http" or not body_may_be_long(scope["headers"], self._keep_alive_bytes):
             await self.app(scope, receive, send)
             return
         body_read = closing = False
@@ -222,14 +177,6 @@ class Linger:
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         await self.app(scope, receive_and_note, send_and_linger)
-
-    def _may_be_long(self, scope: Scope) -> bool:
-        for name, value in scope["headers"]:
-            if name == b"content-length":
-                return not (value.isdigit() and len(value) < 16 and int(value) <= self._keep_alive_bytes)
-            if name == b"transfer-encoding":
-                return True
-        return False
 
     async def _discard(self, receive: Receive) -> None:
         discarded = 0

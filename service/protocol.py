@@ -2,16 +2,21 @@
 
 uvicorn answers what is not HTTP with a line of plain text and sets no limit on headers; here such a request gets the
 contract's JSON (400), and a head longer than `MAX_HEAD_BYTES` is refused (431) before it fills the memory. A client
-that is slow costs a connection for a bounded time: to send a head, to send a body, to go on reading an answer.
+that is slow costs a connection for a bounded time: to send a head, to send a body, to go on reading an answer. And a
+request for which there is no room is answered here, as soon as its head has come.
 """
 
 import asyncio
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from starlette.responses import Response
+from starlette.types import Scope
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.connections import Connections
 from service.request_id import make_request_id
@@ -42,9 +47,17 @@ class HeadTooLarge(Exception):
 class Protocol(HttpToolsProtocol):
     """One client connection."""
 
-    def __init__(self, *args: Any, connections: Connections, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        connections: Connections,
+        turn_away: Callable[[Scope], Response | None] | None = None,
+        **options: Any,
+    ) -> None:
+        """`turn_away` has the answer to requests that need not be let in."""
         super().__init__(*args, **options)
         self._all = connections
+        self._turn_away = turn_away
         self._under_way: list[RequestResponseCycle] = []  # more than one if a client sends ahead
 
     _head_bytes = 0
@@ -133,6 +146,29 @@ class Protocol(HttpToolsProtocol):
         self._in_head = True
         self._stop_body_timer()
         super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """The turn of a request has come. One that is refused at once needs no task, unless others wait behind it or
+        the client does not read what it is told: then it has to keep to the common pace."""
+        if self._turn_away is not None and not self.pipeline and not self.flow.write_paused:
+            scope: Any = cycle.scope  # uvicorn has a type of its own for it
+            if (response := self._turn_away(scope)) is not None:
+                self._answer(cycle, response)
+                return
+        super()._start_asgi_task(cycle, app)
+
+    def _answer(self, cycle: RequestResponseCycle, response: Response) -> None:
+        """Send a whole response. What comes of the request's body after it is skipped."""
+        cycle.response_started = cycle.response_complete = True
+        content = [STATUS_LINE[response.status_code]]
+        for name, value in (*cycle.default_headers, *response.raw_headers):
+            content += (name, b": ", value, b"\r\n")
+        if not cycle.keep_alive:
+            content.append(b"connection: close\r\n")
+        self.transport.write(b"".join((*content, b"\r\n", response.body)))
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def _start_head_timer(self) -> None:
         if self._head_timer is None:

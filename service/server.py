@@ -86,7 +86,9 @@ def configure(app: FastAPI, models: Models) -> uvicorn.Config:
         )  # fmt: skip
     return uvicorn.Config(
         app,
-        http=functools.partial(Protocol, connections=connections),  # type: ignore[arg-type]  # it is only called
+        http=functools.partial(  # type: ignore[arg-type]  # it is only called
+            Protocol, connections=connections, turn_away=app.state.turn_away
+        ),
         ws="none",
         lifespan="on",
         log_config=None,
