@@ -28,6 +28,7 @@ from service.models import Models
 from service.openapi import DESCRIPTION, describe, operation
 from service.probes import HEALTH_PATHS, METRICS_PATH, add_probes
 from service.problem import add_problem_handlers, validation_failed
+from service.ration import Ration
 from service.schemas import (
     ClassifyRequest,
     ClassifyResponse,
@@ -72,10 +73,10 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
     without_key = HEALTH_PATHS | ({METRICS_PATH} if settings.metrics_without_key else frozenset())
     paths: set[str] = set()  # of the routes, when they are there: the layers see them with the first request
     model_paths: set[str] = set()
-    refusals = Refusals()
-    keeper = Doorkeeper(models, app.state.keys, model_paths, refusals, _KEEP_ALIVE_BODY)
+    refusals, ration = Refusals(), Ration()
+    keeper = Doorkeeper(models, app.state.keys, model_paths, refusals, ration, _KEEP_ALIVE_BODY)
     # A trace has every request for a model, those that are refused at once too.
-    app.state.turn_away = keeper.turn_away if tracing is None else None
+    app.state.door = keeper if tracing is None else None
     app.add_middleware(Door, keeper=keeper, models=models)
     app.add_middleware(
         Gate,
@@ -92,6 +93,7 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
         paths=paths,
         leaving=lambda: models.status in ("draining", "stopped"),
         refusals=refusals,
+        ration=ration,
         tracing=tracing,
     )
     add_problem_handlers(app, models.metrics)

@@ -18,6 +18,7 @@ from service.keys import Keys
 from service.logs import Words
 from service.models import Models
 from service.problem import problem_response
+from service.ration import Connection, Ration
 from service.request_id import request_id_of
 from service.trail import Trail
 
@@ -49,18 +50,26 @@ class Refusals:
 class Doorkeeper:
     """Knows who may come in."""
 
-    def __init__(self, models: Models, keys: Keys, paths: Collection[str], refusals: Refusals, longest: int) -> None:
+    def __init__(
+        self, models: Models, keys: Keys, paths: Collection[str], refusals: Refusals, ration: Ration, longest: int
+    ) -> None:
         """`paths`: those at which something is asked of a model. Bodies of up to `longest` bytes need not be read."""
         self._models = models
         self._keys = keys
         self._paths = paths
         self._refusals = refusals
         self._longest = longest
+        self._ration = ration
 
     def require_room(self, scope: Scope, client: str) -> None:
         """QueueFull (429) or Unavailable (503) if nothing of this client would be taken now."""
         if scope["path"] in self._paths and scope["method"] == "POST":
             self._models.require_room(client)
+
+    def refused(self, connection: Connection) -> None:
+        """What `turn_away` had to say was said on this connection, which is not read again at once if that has come too
+        often."""
+        self._ration.take(connection)
 
     def turn_away(self, scope: Scope) -> Response | None:
         """The answer to a request for which there is no room; counted, and in the log. None if it has to be let in, be

@@ -17,10 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.body import Bodies
 from service.door import Refusals, body_may_be_long
-from service.errors import QueueFull, TransduceError
+from service.errors import QueueFull, TransduceError, Unauthorized
 from service.logs import Words
 from service.metrics import Metrics
 from service.problem import problem_response
+from service.ration import Ration
 from service.request_id import request_id_of
 from service.trail import Trail
 
@@ -47,16 +48,19 @@ class Envelope:
         paths: Collection[str],
         leaving: Callable[[], bool],
         refusals: Refusals,
+        ration: Ration,
         tracing: "Tracing | None" = None,
     ) -> None:
         """`metrics` gives those of a model, or, for None, those of what concerns no model. `paths` are those of the
         routes, whose requests are counted under their names even if none of them was reached. `leaving` tells whether
         the server is shutting down: its clients are then told to close their connections. `refusals` say which of
-        them are logged. `tracing` gets a span of each request for a model."""
+        them are logged, and `ration` how soon their connections are read again. `tracing` gets a span of each request
+        for a model."""
         self.app = app
         self._bodies = bodies
         self._paths = paths
         self._refusals = refusals
+        self._ration = ration
         self._tracing = tracing
         self._metrics = metrics
         self._leaving = leaving
@@ -111,6 +115,8 @@ class Envelope:
             level = logging.INFO if endpoint.startswith(_MODEL_ROUTES) else logging.DEBUG
             if status == QueueFull.status:
                 level = self._refusals.level(trail.began)
+            if status in _REFUSED and (connection := scope["state"].get("connection")) is not None:
+                self._ration.take(connection)
             if logger.isEnabledFor(level):
                 words = Words(request_id=request_id, method=method, endpoint=endpoint, status=status)
                 words["seconds"] = round(time.monotonic() - trail.began, 4)
@@ -119,6 +125,9 @@ class Envelope:
                     words["trace_id"] = format(span.get_span_context().trace_id, "032x")
                 logger.log(level, words)
 
+
+_REFUSED = (QueueFull.status, Unauthorized.status)
+"""What costs the server nothing else, and can come as often as a client likes."""
 
 _MODEL_ROUTES = ("/v1/", "/admin/")
 

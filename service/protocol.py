@@ -9,16 +9,15 @@ request for which there is no room is answered here, as soon as its head has com
 import asyncio
 import logging
 import re
-from collections.abc import Callable
 from typing import Any
 
 import orjson
 from starlette.responses import Response
-from starlette.types import Scope
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from service.connections import Connections
+from service.door import Doorkeeper
 from service.request_id import make_request_id
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -51,13 +50,13 @@ class Protocol(HttpToolsProtocol):
         self,
         *args: Any,
         connections: Connections,
-        turn_away: Callable[[Scope], Response | None] | None = None,
+        door: Doorkeeper | None = None,
         **options: Any,
     ) -> None:
-        """`turn_away` has the answer to requests that need not be let in."""
+        """`door` has the answer to requests that need not be let in."""
         super().__init__(*args, **options)
         self._all = connections
-        self._turn_away = turn_away
+        self._door = door
         self._under_way: list[RequestResponseCycle] = []  # more than one if a client sends ahead
 
     _head_bytes = 0
@@ -136,6 +135,7 @@ class Protocol(HttpToolsProtocol):
         self._in_head = False
         self._stop_head_timer()
         self._body_timer = self.loop.call_later(BODY_SECONDS, self._refuse_slow_body)
+        self.scope["state"]["connection"] = self
         super().on_headers_complete()
         self._under_way = [cycle for cycle in self._under_way if not cycle.response_complete]
         if self.cycle not in self._under_way:
@@ -150,10 +150,11 @@ class Protocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         """The turn of a request has come. One that is refused at once needs no task, unless others wait behind it or
         the client does not read what it is told: then it has to keep to the common pace."""
-        if self._turn_away is not None and not self.pipeline and not self.flow.write_paused:
+        if self._door is not None and not self.pipeline and not self.flow.write_paused:
             scope: Any = cycle.scope  # uvicorn has a type of its own for it
-            if (response := self._turn_away(scope)) is not None:
+            if (response := self._door.turn_away(scope)) is not None:
                 self._answer(cycle, response)
+                self._door.refused(self)
                 return
         super()._start_asgi_task(cycle, app)
 
@@ -169,6 +170,16 @@ class Protocol(HttpToolsProtocol):
         if not cycle.keep_alive:
             self.transport.close()
         self.on_response_complete()
+
+    def pause(self) -> None:
+        """Leave what comes in the system's buffers."""
+        if not self.transport.is_closing():
+            self.flow.pause_reading()
+
+    def go_on(self) -> None:
+        """Read again."""
+        if not self.transport.is_closing():
+            self.flow.resume_reading()
 
     def _start_head_timer(self) -> None:
         if self._head_timer is None:

@@ -87,7 +87,7 @@ def configure(app: FastAPI, models: Models) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=functools.partial(  # type: ignore[arg-type]  # it is only called
-            Protocol, connections=connections, turn_away=app.state.turn_away
+            Protocol, connections=connections, door=app.state.door
         ),
         ws="none",
         lifespan="on",

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,17 +84,17 @@ class Bench:
         processor = str(os.cpu_count() - 1) if os.cpu_count() else "0"
         command = [
             "taskset", "--cpu-list", processor, "wrk", "--threads", "1", "--connections", str(clients),
-            "--duration", f"{_SETTLE_SECONDS + self._seconds + 1:g}s", "--timeout", "60s",
+            "--duration", f"{math.ceil(_SETTLE_SECONDS + self._seconds + 1)}s", "--timeout", "60s",
             "--script", str(self._work / "load.lua"), f"http://127.0.0.1:{self._port}",
         ]  # fmt: skip
         environment = os.environ | {"BODIES": str(self._work / "bodies"), "PAUSE": f"{pause:g}"}
-        load = threading.Thread(target=subprocess.run, args=[command], kwargs={"env": environment, "stdout": -3})
-        load.start()
+        load = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
         time.sleep(_SETTLE_SECONDS)
         before = look(self._port, self._server)
         time.sleep(self._seconds)
         after = look(self._port, self._server)
-        load.join()
+        if load.wait() != 0:
+            raise RuntimeError(f"wrk ended with status {load.returncode}")
         time.sleep(_SETTLE_SECONDS)
         passed = after.time - before.time
         answered = after.answered - before.answered
@@ -122,9 +122,9 @@ def main() -> int:
     parser.add_argument("--times", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8.0)
-    parser.add_argument("--clients", type=int, default=32, help="that keep the server busy")
+    parser.add_argument("--clients", type=int, default=24, help="that keep the server busy")
     parser.add_argument("--num-beams", type=int, default=4)
-    parser.add_argument("--texts", type=int, default=6, help="joined in one input")
+    parser.add_argument("--texts", type=int, default=4, help="joined in one input")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[])
     asked = parser.parse_args()
     if shutil.which("wrk") is None:
@@ -138,11 +138,14 @@ def main() -> int:
         lines = (json.dumps({"inputs": text, "parameters": parameters}) for text in joined)
         (work / "bodies").write_text("\n".join(lines) + "\n")
         os.sched_setaffinity(0, range(max(1, (os.cpu_count() or 1) - 1)))  # the server inherits it
-        with served("--max-wait", "1", *asked.options) as (port, server):
+        with served("--max-wait", "1", "--max-connections", "8192", *asked.options) as (port, server):
             bench = Bench(port, server, work, asked.seconds)
             capacity = bench.run("warm", asked.clients, 0.0).answered
             pairs = [
-                (bench.run("closed", asked.clients, 0.0), bench.run("overload", round(asked.times * capacity), 1.0))
+                (
+                    bench.run("closed", asked.clients, 0.0),
+                    bench.run("overload", round((asked.times + 1.5) * capacity), 1.0),
+                )
                 for _ in range(asked.rounds)
             ]
     goodput = [over.answered / closed.answered for closed, over in pairs]
