@@ -63,8 +63,11 @@ class Doorkeeper:
 
     def require_room(self, scope: Scope, client: str) -> None:
         """QueueFull (429) or Unavailable (503) if nothing of this client would be taken now."""
-        if scope["path"] in self._paths and scope["method"] == "POST":
+        if self._asks_a_model(scope):
             self._models.require_room(client)
+
+    def _asks_a_model(self, scope: Scope) -> bool:
+        return scope["path"] in self._paths and scope["method"] == "POST"
 
     def refused(self, connection: Connection) -> None:
         """What `turn_away` had to say was said on this connection, which is not read again at once if that has come too
@@ -76,10 +79,12 @@ class Doorkeeper:
         it to get another answer.
         """
         headers = scope["headers"]
-        if body_may_be_long(headers, self._longest) or (client := self._keys.client_of(headers)) is None:
+        if not self._asks_a_model(scope) or body_may_be_long(headers, self._longest):
+            return None
+        if (client := self._keys.client_of(headers)) is None:
             return None
         try:
-            self.require_room(scope, client)
+            self._models.require_room(client)
             return None
         except QueueFull as error:
             full = error
