@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -63,6 +64,7 @@ def trace(module: nn.Module, inputs: Sequence[tuple[Port, Tensor]], outputs: Seq
     _strip(model)
     _drop_unused_outputs(model)
     _merge_equal_weights(model)
+    _read_integers_apart(model)
     return model
 
 
@@ -128,6 +130,35 @@ def _merge_equal_weights(model: onnx.ModelProto) -> None:
         for place, name in enumerate(node.input):
             node.input[place] = renamed.get(name, name)
     _replace_initializers(model, kept)
+
+
+def _read_integers_apart(model: onnx.ModelProto) -> None:
+    """Let no two products of integers read one matrix, as those of shared layers would: for a processor without VNNI
+    ONNX Runtime makes bytes without a sign of it, and fails where it has done so before ("Attempt to replace the
+    existing tensor", 1.32). A slice of all its rows is another matrix by then, and the file still holds it once.
+    """
+    readers: Counter[str] = Counter()
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "MatMulIntegerToFloat":
+            weight = node.input[1]
+            readers[weight] += 1
+            if (reader := readers[weight]) > 1:
+                # Slices with the same end would become one; beyond the last row an end changes nothing.
+                own, end = f"{weight}.{reader}", f"end.{reader}"
+                nodes.append(helper.make_node("Slice", [weight, "zero", end, "zero"], [own]))
+                node.input[1] = own
+        nodes.append(node)
+    if not readers or (most := max(readers.values())) == 1:
+        return
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    model.graph.ClearField("node")
+    model.graph.node.extend(kept)
+    ends = {"zero": 0} | {f"end.{reader}": _BEYOND_ROWS + reader for reader in range(2, most + 1)}
+    model.graph.initializer.extend(numpy_helper.from_array(np.array([at]), name) for name, at in ends.items())
+
+
+_BEYOND_ROWS = 2**32
 
 
 def _replace_initializers(model: onnx.ModelProto, tensors: Sequence[TensorProto]) -> None:

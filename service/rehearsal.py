@@ -122,6 +122,6 @@ def _end(state: State, batch: Batch) -> None:
 
 
 _REMEDY = {
-    "cpu": "A processor without VNNI saturates in 8-bit products: export for it with --precision fp32, or use another.",
+    "cpu": "Export the model again on a processor of this kind, with --precision fp32 if that does not help.",
     "cuda": "Export the model again for this GPU and this version of onnxruntime-gpu, or choose --provider cpu.",
 }

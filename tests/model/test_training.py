@@ -187,6 +187,30 @@ def test_a_clip_norm_of_zero_leaves_gradients_as_they_are(data: Path) -> None:
         TrainingConfig(clip_norm=-1.0)
 
 
+def test_bf16_where_the_processor_has_no_instructions_for_it_is_fp32(data: Path) -> None:
+    """The same losses as in fp32, and a line that says so; with the instructions the losses are others."""
+    program = """
+import sys, torch
+from types import MappingProxyType
+from service.cli import main
+name = sys.argv.pop(1)
+torch.cpu.get_capabilities = lambda: MappingProxyType({"architecture": "x86_64", name: True})
+sys.exit(main())
+"""
+    said = {}
+    for run, capability, precision in (
+        ("fp32", "avx2", "fp32"),
+        ("without", "avx2", "bf16"),
+        ("with", "amx_bf16", "bf16"),
+    ):
+        options = ("--set", "training.max_steps=3", "--set", f"training.precision='{precision}'")
+        arguments = [sys.executable, "-c", program, capability, *command(data, run, *options)[3:]]
+        outcome = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, check=True)
+        said[run] = "no instructions for bf16" in outcome.stderr
+    assert losses(data / "fp32") == losses(data / "without") != losses(data / "with")
+    assert said == {"fp32": False, "without": True, "with": False}
+
+
 @pytest.mark.slow
 def test_a_small_model_learns_to_spell(data: Path) -> None:
     """A few hundred steps bring the validation BLEU of a copying task above 60 and the loss far down."""

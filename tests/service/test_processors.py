@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.processors import usable_processors
+from service.processors import has_vnni, usable_processors
 
 
 def _write(root: Path, **files: str) -> Path:
@@ -49,3 +49,24 @@ def test_cgroup_version_1(tmp_path: Path, quota: str, expected: int) -> None:
     """cfs_quota_us and cfs_period_us; -1 is no limit."""
     files = {"cpu/cpu.cfs_quota_us": quota, "cpu/cpu.cfs_period_us": "100000"}
     assert usable_processors(_write(tmp_path, **files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni\nbugs\t\t:\n", True),
+        ("flags\t\t: fpu avx2 avx_vnni\n", True),
+        ("flags\t\t: fpu avx2 avx512f\n", False),
+        ("vmx flags\t: avx512_vnni\nflags\t\t: fpu avx2\n", False),
+        ("Features\t: fp asimd asimddp\n", False),
+        ("", False),
+    ],
+)
+def test_vnni_by_the_processors_flags(tmp_path: Path, cpuinfo: str, expected: bool) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text(cpuinfo)
+    assert has_vnni(tmp_path) is expected
+
+
+def test_without_proc_no_vnni_is_known(tmp_path: Path) -> None:
+    assert not has_vnni(tmp_path)

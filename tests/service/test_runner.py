@@ -6,19 +6,23 @@ import ast
 import hashlib
 import json
 import logging
+import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 import service
 import service.runner
+from export.artifact_decoder import products_saturate
 from service.artifact import Artifact
 from service.batch import Batch, StepOutput, pad
 from service.core import Core
@@ -26,6 +30,7 @@ from service.engine import Engine
 from service.errors import ArtifactError, SettingsError
 from service.graphs import products_on
 from service.ladder import Ladder
+from service.processors import has_vnni
 from service.rehearsal import self_test, warm_up
 from service.runner import Runner, choose_variant
 from service.settings import Settings
@@ -125,6 +130,24 @@ def test_a_provider_that_does_not_start_is_refused(tiny_artifact: Path, monkeypa
     monkeypatch.setattr(service.runner.ort.InferenceSession, "get_providers", lambda _: ["AzureExecutionProvider"])
     with pytest.raises(SettingsError, match="could not be started on device 0"):
         Runner(Artifact.load(tiny_artifact), CPU)
+
+
+def test_products_of_bytes_are_exact_on_this_processor(runner: Runner, tmp_path: Path) -> None:
+    """Without VNNI ONNX Runtime's own choice of instructions saturates: 32,767 here. And the export sees the same."""
+    weight = numpy_helper.from_array(np.full((2, 1), 127, np.int8), "weight")
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "weight"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, (1, 2))],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, (1, 1))],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (tmp_path / "product.onnx").write_bytes(model.SerializeToString())
+    artifact: Any = SimpleNamespace(graph=lambda name: tmp_path / f"{name}.onnx")
+    (found,) = runner._session(artifact, "product", CPU).run(None, {"x": np.full((1, 2), 255, np.uint8)})
+    assert found.tolist() == [[2 * 255 * 127]]
+    assert products_saturate() is (platform.machine() in ("x86_64", "AMD64") and not has_vnni())
 
 
 # ---- graphs and manifest ----
