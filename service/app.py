@@ -74,6 +74,7 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
     paths: set[str] = set()  # of the routes, when they are there: the layers see them with the first request
     model_paths: set[str] = set()
     refusals, ration = Refusals(), Ration()
+    models.families.connections_held.set_function(lambda: float(ration.waiting))
     keeper = Doorkeeper(models, app.state.keys, model_paths, refusals, ration, _KEEP_ALIVE_BODY)
     # A trace has every request for a model, those that are refused at once too.
     app.state.door = keeper if tracing is None else None

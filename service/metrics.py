@@ -58,6 +58,11 @@ class Families:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         self.connections = Gauge("transduce_connections", "Connections that are open.", registry=registry)
+        self.connections_held = Gauge(
+            "transduce_connections_held",
+            "Connections that were refused something and are not read again before their turn.",
+            registry=registry,
+        )
         self.connection_troubles = Counter(
             "transduce_connection_troubles",
             "Connections that were ended, or whose client left without its answer, by why.",

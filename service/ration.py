@@ -39,6 +39,11 @@ class Ration:
         self._looked_at = clock()
         self._waiting: deque[Connection] = deque()
 
+    @property
+    def waiting(self) -> int:
+        """Connections whose turn has not come. One that sent ahead waits once for each refusal."""
+        return len(set(self._waiting))
+
     def take(self, connection: Connection) -> None:
         """A client was refused on this connection."""
         self._refill()

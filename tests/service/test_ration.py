@@ -91,9 +91,11 @@ def test_who_does_not_ask_again_keeps_nobody_waiting() -> None:
             play.ration.take(connection)
         play.ration.go_on()
         assert sum(connection.reads for connection in everyone) == 40
+        assert play.ration.waiting == 3000 - 40
         for _ in range(130):
             play.now += 0.02
             play.ration.go_on()
+        assert play.ration.waiting == 0
         assert all(connection.reads for connection in everyone)
 
     play(scenario)
@@ -128,6 +130,7 @@ def test_a_flood_on_a_connection_leaves_the_others_alone(monkeypatch: pytest.Mon
         flood.sendall(post(body))
         for _ in range(5):
             assert client.get(f"{server.url}/healthz").status_code == 200
+        assert "transduce_connections_held 1.0" in client.get(f"{server.url}/metrics").text
         assert client.post(f"{server.url}/v1/generate", content=body).status_code == 429
         assert time.monotonic() - began < 1.5
         flood.settimeout(0.2)
