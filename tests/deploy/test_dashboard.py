@@ -45,6 +45,8 @@ def traffic(server: Server) -> None:
         assert server.post("/v1/generate", {"inputs": "word " * 4000}).status_code == 413
         assert server.post("/v1/generate", {"inputs": text, "model": "nobody's"}).status_code == 404
         server.post("/v1/generate", {"inputs": text, "parameters": {"timeout": 0.001}})
+
+    def crowds() -> None:
         # Two crowds of 200 at once are more than a line of 300 takes: one of them is 429.
         with ThreadPoolExecutor(2) as pool:
             calls = [pool.submit(server.post, "/v1/generate", {"inputs": [text] * 200}) for _ in range(2)]
@@ -58,6 +60,7 @@ def traffic(server: Server) -> None:
         lambda: server.post("/v1/encode", {"inputs": [text, "Good morning!"]}),
         lambda: server.post("/v1/score", {"inputs": text, "targets": "Die Kinder spielen."}),
         refused,
+        crowds,
     ):
         time.sleep(SECONDS)
 
