@@ -53,7 +53,8 @@ class Peers:
         """The logarithm of what is left of the next token's probabilities without the end token."""
         with torch.no_grad():
             logits = self.model(torch.tensor([source]), torch.tensor([len(source)]), torch.tensor([[1, *prefix]]))
-        return math.log1p(-float(logits[0, -1].softmax(-1)[2]))
+        scores = logits[0, -1].double().log_softmax(-1)
+        return float(torch.cat([scores[:2], scores[3:]]).logsumexp(0))  # of 1 - p in floats little is left
 
     def translate(
         self, prefixes: list[list[int]] | None = None, limit: int = LIMIT, **options: Any
