@@ -59,7 +59,7 @@ class TrainingConfig:
     patience: int = 0
     """Stop after so many validations without a better BLEU (0: never)."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the matrix products under autocast; where the device lacks it, fp32, and the log says so."""
+    """Of the matrix products under autocast, and of Muon's; where the device lacks it, fp32, and the log says so."""
     lowercase_share: float = 0.0
     """Share of the training pairs whose source is lower-cased."""
     unpunctuated_share: float = 0.0

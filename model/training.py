@@ -82,11 +82,11 @@ class Trainer:
         self.parallel: nn.Module = DistributedDataParallel(objective) if self.world > 1 else objective
         # The same weights everywhere, but each process drops other units.
         torch.manual_seed(recipe.training.seed + 1000 * self.rank)
-        self.optimizers = build_optimizers(self.model, recipe.training)
         self.average = MovingAverage(self.model, recipe.training.ema_decay) if recipe.training.ema_decay else None
         self.mixed = recipe.training.precision == "bf16" and has_bf16(device)
         if recipe.training.precision == "bf16" and not self.mixed:
             logger.warning("training.precision: this %s has no instructions for bf16, so it is fp32", device.type)
+        self.optimizers = build_optimizers(self.model, recipe.training, torch.bfloat16 if self.mixed else torch.float32)
         self.progress = Progress()
         self.bad_rows = BadRows()
 

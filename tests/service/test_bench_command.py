@@ -239,7 +239,9 @@ def test_the_real_service_is_measured(load_flags: list[str], served: str, data: 
         assert alone.server is not None
         assert together.server is not None
         assert alone.server.steps is not None
-        assert alone.server.rows_per_step == pytest.approx(1.0, abs=1 / alone.server.steps), "but for one step, as above"
+        assert alone.server.rows_per_step == pytest.approx(1.0, abs=1 / alone.server.steps), (
+            "but for one step, as above"
+        )
         assert (together.server.rows_per_step or 0) > 2, "16 clients, divided between the workers"
 
 
