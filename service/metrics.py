@@ -60,7 +60,7 @@ class Families:
         self.connections = Gauge("transduce_connections", "Connections that are open.", registry=registry)
         self.connections_held = Gauge(
             "transduce_connections_held",
-            "Connections that were refused something and are not read again before their turn.",
+            "Connections that were refused again and are not read before their turn.",
             registry=registry,
         )
         self.connection_troubles = Counter(

@@ -9,6 +9,7 @@ request for which there is no room is answered here, as soon as its head has com
 import asyncio
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -63,6 +64,7 @@ class Protocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _body_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
+    _forget: Callable[["Protocol"], None] | None = None
     _refused = False
     _cut = False
     _in_head = True
@@ -84,6 +86,8 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
         self._all.closed()
+        if self._forget is not None:
+            self._forget(self)
         unanswered = [cycle for cycle in self._under_way if not cycle.response_complete]
         if unanswered and not self._refused and not self._cut:
             self._all.trouble("client_left")
@@ -171,13 +175,17 @@ class Protocol(HttpToolsProtocol):
             self.transport.close()
         self.on_response_complete()
 
-    def pause(self) -> None:
-        """Leave what comes in the system's buffers."""
-        if not self.transport.is_closing():
-            self.flow.pause_reading()
+    def pause(self, forget: Callable[["Protocol"], None]) -> bool:
+        """Leave what comes in the system's buffers, and tell `forget` if the connection is closed. False if it is."""
+        if self.transport.is_closing():
+            return False
+        self._forget = forget
+        self.flow.pause_reading()
+        return True
 
     def go_on(self) -> None:
         """Read again."""
+        self._forget = None
         if not self.transport.is_closing():
             self.flow.resume_reading()
 

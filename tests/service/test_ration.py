@@ -24,9 +24,14 @@ class Connection:
 
     def __init__(self) -> None:
         self.reads = True
+        self.closing = False
+        self.forget: Callable[[Connection], None] | None = None
 
-    def pause(self) -> None:
-        self.reads = False
+    def pause(self, forget: Callable[[Connection], None]) -> bool:
+        if self.closing:
+            return False
+        self.reads, self.forget = False, forget
+        return True
 
     def go_on(self) -> None:
         assert not self.reads
@@ -39,6 +44,13 @@ class Play:
     def __init__(self) -> None:
         self.now = 1000.0
         self.ration = Ration(lambda: self.now)
+
+    def refused_once(self, count: int) -> list[Connection]:
+        """Connections that know the answer."""
+        connections = [Connection() for _ in range(count)]
+        for connection in connections:
+            self.ration.take(connection)
+        return connections
 
 
 def play(scenario: Callable[[Play], None]) -> None:
@@ -54,9 +66,8 @@ def test_as_many_as_the_ration_allows_wait_for_nothing() -> None:
     """Second after second."""
 
     def scenario(play: Play) -> None:
-        for number in range(5 * int(REFUSALS_PER_SECOND)):
+        for number, connection in enumerate(play.refused_once(5 * int(REFUSALS_PER_SECOND))):
             play.now = 1000.0 + number / REFUSALS_PER_SECOND
-            connection = Connection()
             play.ration.take(connection)
             assert connection.reads
 
@@ -67,7 +78,7 @@ def test_more_wait_for_their_turn_in_order() -> None:
     """Clients that ask again whenever they are read are refused no more often than the ration allows."""
 
     def scenario(play: Play) -> None:
-        everyone = [Connection() for _ in range(1000)]
+        everyone = play.refused_once(1000)
         turns = []
         for tick in range(500):
             play.now = 1000.0 + tick * 0.02
@@ -86,7 +97,7 @@ def test_who_does_not_ask_again_keeps_nobody_waiting() -> None:
     """After a crowd all are read again within seconds, forty at a time: there may be room by then."""
 
     def scenario(play: Play) -> None:
-        everyone = [Connection() for _ in range(3000)]
+        everyone = play.refused_once(3000)
         for connection in everyone:
             play.ration.take(connection)
         play.ration.go_on()
@@ -97,6 +108,80 @@ def test_who_does_not_ask_again_keeps_nobody_waiting() -> None:
             play.ration.go_on()
         assert play.ration.waiting == 0
         assert all(connection.reads for connection in everyone)
+
+    play(scenario)
+
+
+def test_the_first_refusal_of_a_connection_is_never_waited_for() -> None:
+    """Its client may close it, and a connection that is not read does not notice: a crowd that comes anew each time
+    would fill the server with connections that nobody holds any more."""
+
+    def scenario(play: Play) -> None:
+        assert all(connection.reads for connection in play.refused_once(10_000))
+        assert play.ration.waiting == 0
+
+    play(scenario)
+
+
+def test_connections_that_close_leave_the_line() -> None:
+    """Nothing is kept of them, however many there are."""
+
+    def scenario(play: Play) -> None:
+        for connection in play.refused_once(3000):
+            play.ration.take(connection)
+            if connection.forget is not None:
+                connection.forget(connection)
+        assert play.ration.waiting == 0
+        for connection in play.refused_once(100):
+            connection.closing = True
+            play.ration.take(connection)
+        assert play.ration.waiting == 0
+
+    play(scenario)
+
+
+def test_there_is_one_timer_however_often_the_line_is_empty() -> None:
+    """Connections that wait and close, one after the other."""
+
+    async def run() -> None:
+        now = 1000.0
+        turns = []
+
+        class Counted(Ration):
+            def go_on(self) -> None:
+                turns.append(self.waiting)
+                super().go_on()
+
+        counted = Counted(lambda: now)
+        for _ in range(1000):
+            connection = Connection()
+            counted.take(connection)
+            counted.take(connection)
+            if connection.forget is not None:
+                connection.forget(connection)
+        await asyncio.sleep(0.1)
+        assert turns == [0]
+
+    asyncio.run(run())
+
+
+def test_a_flood_of_others_takes_half_of_the_ration_at_most() -> None:
+    """Those who wait are read again, though others who leave after two refusals use up more than there is."""
+
+    def scenario(play: Play) -> None:
+        patient = play.refused_once(1000)
+        for connection in patient:
+            play.ration.take(connection)
+        held = play.ration.waiting
+        assert held > 900
+        for tick in range(500):
+            play.now = 1000.0 + tick * 0.02
+            for passer in play.refused_once(20):  # a thousand a second
+                play.ration.take(passer)
+                if passer.forget is not None:
+                    passer.forget(passer)
+            play.ration.go_on()
+        assert all(connection.reads for connection in patient)
 
     play(scenario)
 
@@ -139,3 +224,20 @@ def test_a_flood_on_a_connection_leaves_the_others_alone(monkeypatch: pytest.Mon
         flood.settimeout(30)
         server.engine.room = 10
         assert flood.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("headers", [[], ["Connection: close"]])
+def test_a_crowd_that_connects_anew_each_time_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, headers: list[str]
+) -> None:
+    """Whoever leaves after a refusal is seen to leave, however many came before."""
+    monkeypatch.setattr(ration, "REFUSALS_PER_SECOND", 20.0)
+    with running(FakeEngine(room=0)) as server, httpx.Client() as client:
+        for _ in range(200):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=30) as passer:
+                passer.sendall(post(b'{"inputs": "a"}', *headers))
+                assert passer.recv(65536).startswith(b"HTTP/1.1 429 ")
+        deadline = time.monotonic() + 3
+        while "transduce_connections 1.0" not in (page := client.get(f"{server.url}/metrics").text):
+            assert time.monotonic() < deadline, page
+        assert "transduce_connections_held 0.0" in page
