@@ -73,7 +73,7 @@ class Protocol(HttpToolsProtocol):
         """A connection that sends no complete head in time is closed: an idle one must not cost a socket forever. One
         beyond the limit is told so, whatever it was about to ask."""
         super().connection_made(transport)
-        if self._all.opened():
+        if self._all.opened(self):
             self._start_head_timer()
             return
         self._all.trouble("too_many")
@@ -85,10 +85,10 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone."""
-        self._all.closed()
+        self._all.closed(self)
         if self._forget is not None:
             self._forget(self)
-        unanswered = [cycle for cycle in self._under_way if not cycle.response_complete]
+        unanswered = self._unanswered()
         if unanswered and not self._refused and not self._cut:
             self._all.trouble("client_left")
         for cycle in unanswered:  # uvicorn tells the last one alone, and the others would write to nobody
@@ -141,7 +141,7 @@ class Protocol(HttpToolsProtocol):
         self._body_timer = self.loop.call_later(BODY_SECONDS, self._refuse_slow_body)
         self.scope["state"]["connection"] = self
         super().on_headers_complete()
-        self._under_way = [cycle for cycle in self._under_way if not cycle.response_complete]
+        self._under_way = self._unanswered()
         if self.cycle not in self._under_way:
             self._under_way.append(self.cycle)
 
@@ -149,7 +149,26 @@ class Protocol(HttpToolsProtocol):
         """The body is whole."""
         self._in_head = True
         self._stop_body_timer()
+        if self._unanswered():
+            self._all.works_for(self)
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """An answer is whole."""
+        super().on_response_complete()
+        if not self._unanswered() and not self.transport.is_closing():
+            self._all.waits_for(self)
+
+    def _unanswered(self) -> list[RequestResponseCycle]:
+        return [cycle for cycle in self._under_way if not cycle.response_complete]
+
+    def make_room(self) -> None:
+        """Close this connection: others want to be heard, and its client keeps silent."""
+        self._cut = True
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()  # it would wait for the client
+        else:
+            self.transport.close()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         """The turn of a request has come. One that is refused at once needs no task, unless others wait behind it or

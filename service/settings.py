@@ -108,7 +108,11 @@ class Settings:
     )
     max_connections: int = field(
         default=4096,
-        metadata=_manual("Connections that are open at most; one more is answered 503 and closed.", low=1),
+        metadata=_manual(
+            "Connections that are open at most. For one more the one is closed that has sent nothing whole for the "
+            "longest time; where all are being worked for, it is answered 503.",
+            low=1,
+        ),
     )
     max_body_bytes: int = field(
         default=8 * 2**20,
