@@ -93,7 +93,8 @@ def parse_json(body: bytes) -> Any:
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not JSON: {error.msg} at character {error.pos}") from None
+        what = error.msg.removesuffix(" at")
+        raise InvalidRequest(f"the body is not JSON: {what} at character {error.pos}") from None
     except ValueError:  # Python refuses integers of thousands of digits
         raise InvalidRequest("the body is not usable JSON: a number is too long") from None
     if text.count("[") + text.count("{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +61,13 @@ def refusal(response: Any, status: int, kind: str) -> str:
 def test_what_is_no_json_is_400(client: TestClient, body: bytes) -> None:
     """Not JSON, not UTF-8, not numbers, a key twice, or nested too deep."""
     refusal(client.post("/v1/generate", content=body), 400, "invalid_request")
+
+
+@pytest.mark.parametrize("body", [b'{"inp', b'{"inputs": "a\nb"}', b'{"inputs": "a"'])
+def test_where_it_is_no_json_is_said_once(client: TestClient, body: bytes) -> None:
+    """Some of Python's messages end with "at" themselves."""
+    message = refusal(client.post("/v1/generate", content=body), 400, "invalid_request")
+    assert re.fullmatch(r"the body is not JSON: .+(?<! at) at character \d+", message), message
 
 
 @pytest.mark.parametrize(
