@@ -79,15 +79,22 @@ class _Pace:
     def __init__(self) -> None:
         self._rate: float | None = None
         self._since, self._left = -math.inf, 0
+        self._was_empty = False
 
     def look(self, now: float, left: int, waiting: int) -> None:
-        """`left` tokens have ever left the line. A time at whose end nobody waits tells nothing."""
-        if waiting == 0:
-            self._since, self._left = now, left
-        elif now - self._since >= _LOOK_SECONDS:
-            rate = (left - self._left) / (now - self._since)
+        """`left` tokens have ever left the line. Where nobody waited for some of the time, more could have left: that
+        raises what was thought too low, and tells nothing else. It must be heeded: a line that is kept short by a pace
+        that was low once is empty again and again.
+        """
+        self._was_empty |= waiting == 0
+        if now - self._since < _LOOK_SECONDS:
+            return
+        rate = (left - self._left) / (now - self._since)
+        if not self._was_empty:
             self._rate = rate if self._rate is None else (self._rate + rate) / 2
-            self._since, self._left = now, left
+        elif self._rate is not None:
+            self._rate = max(self._rate, rate)
+        self._since, self._left, self._was_empty = now, left, False
 
     def seconds(self, tokens: int) -> float:
         """Until so many have left; 0 while nothing is known."""

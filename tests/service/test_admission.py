@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from service.admission import Admission
@@ -139,3 +141,24 @@ def test_a_time_in_which_nobody_waited_tells_nothing_of_the_pace() -> None:
         line.come(0)
     line.come(10)
     line.come(1)
+
+
+def test_a_pace_that_was_low_once_is_not_believed_for_ever() -> None:
+    """A step that took long when a crowd came lets nothing leave the line for a moment. Later the worker takes all that
+    waits, ten at a time if they are let in, so that the line is empty again and again: nothing there is to wait for.
+    """
+    line = Line(max_queue=1000, max_wait=1.0)
+    for _ in range(120):
+        with contextlib.suppress(QueueFull):
+            line.come(1)
+        line.now += 0.0025
+    line.leave(10)
+    most = 0
+    for _ in range(500):
+        for _ in range(40):
+            with contextlib.suppress(QueueFull):
+                line.come(1)
+            line.now += 0.00025
+        most = min(10, len(line.waiting))
+        line.leave(10)
+    assert most == 10
