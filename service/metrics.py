@@ -107,7 +107,8 @@ class Families:
             "request_queue_time_seconds", "From submission to leaving the line.", _LATENCY
         )
         self.iteration = self._histogram("iteration_seconds", "Time of an iteration's phases.", _PHASE, "phase")
-        self.batch_rows = self._histogram("batch_rows", "Rows of a decoder step.", _ROWS)
+        self.batch_rows = WeightedHistogram("transduce_batch_rows", "Rows of a decoder step.", _ROWS)
+        registry.register(self.batch_rows)
         self.batch_padding_ratio = self._histogram(
             "batch_padding_ratio", "Share of an encoder call's tokens that is padding.", _RATIO
         )
@@ -218,7 +219,9 @@ class Metrics:
 
 
 class WeightedHistogram(Collector):
-    """A histogram by model that takes n equal observations at once: the rows of a step share their latency."""
+    """A histogram by model that takes n equal observations at once: the rows of a step share their latency. Count and
+    sum are of one moment; the library's may be some steps apart, if a thread goes on while the page is made.
+    """
 
     def __init__(self, name: str, text: str, buckets: tuple[float, ...]) -> None:
         self._name, self._text, self._bounds = name, text, buckets
@@ -251,7 +254,7 @@ class Weights:
         self._sum = 0.0
         self._lock = threading.Lock()
 
-    def observe(self, value: float, times: int) -> None:
+    def observe(self, value: float, times: int = 1) -> None:
         """Count `value` that many times."""
         with self._lock:
             self._counts[bisect.bisect_left(self._bounds, value)] += times

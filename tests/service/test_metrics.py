@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.metrics import Families, WeightedHistogram
@@ -75,3 +77,25 @@ def test_a_weighted_observation_is_that_many_plain_ones() -> None:
         ("_count", None): 6,
         ("_sum", None): pytest.approx(8.3),
     }
+
+
+def test_a_page_has_the_count_and_the_sum_of_steps_of_one_moment() -> None:
+    """However often a thread counts while it is read."""
+    registry = CollectorRegistry()
+    rows = Families(registry).of("tiny").batch_rows
+    over = threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            rows.observe(1)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for _ in range(100):
+            family = next(family for family in registry.collect() if family.name == "transduce_batch_rows")
+            values = {sample.name.removeprefix("transduce_batch_rows_"): sample.value for sample in family.samples}
+            assert values["sum"] == values["count"]
+    finally:
+        over.set()
+        worker.join()
