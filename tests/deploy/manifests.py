@@ -53,7 +53,7 @@ def the(objects: tuple[Object, ...], kind: str) -> Object:
 
 def pod_of(workload: Object) -> Object:
     """The pod's spec within a Deployment or a Job."""
-    return workload["spec"]["template"]["spec"]  # type: ignore[no-any-return]
+    return workload["spec"]["template"]["spec"]  # type: ignore[no-any-return]  # YAML has no types
 
 
 def workloads() -> Iterator[tuple[str, Object]]:
