@@ -108,6 +108,7 @@ class Protocol(HttpToolsProtocol):
         """It reads again."""
         self._stop_stall_timer()
         super().resume_writing()
+        self._watch_the_end()
 
     def data_received(self, data: bytes) -> None:
         """Bytes arrived; after a refusal the rest of them is dropped until the client has closed."""
@@ -156,6 +157,7 @@ class Protocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """An answer is whole."""
         super().on_response_complete()
+        self._watch_the_end()
         if not self._unanswered() and not self.transport.is_closing():
             self._all.waits_for(self)
 
@@ -212,9 +214,23 @@ class Protocol(HttpToolsProtocol):
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_slow_head)
 
+    def timeout_keep_alive_handler(self) -> None:
+        """Nothing came on the connection for a while."""
+        self._close()
+
+    def _close(self) -> None:
+        self.transport.close()
+        self._watch_the_end()
+
+    def _watch_the_end(self) -> None:
+        """A connection closes when its client has all that was said, so one who does not read could keep it for ever:
+        the sockets and, without anybody's being told to pause, some of the buffer here may hold the last answer."""
+        if self.transport.is_closing() and self._stall_timer is None and self.transport.get_write_buffer_size():
+            self._watch_for_progress()
+
     def _close_slow_head(self) -> None:
         self._all.trouble("slow_head")
-        self.transport.close()
+        self._close()
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -247,7 +263,7 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse_slow_body(self) -> None:
         if self.cycle is not None and self.cycle.response_complete:
-            self.transport.close()  # it was answered without its body, which nobody needs any more
+            self._close()  # it was answered without its body, which nobody needs any more
             return
         self._all.trouble("slow_body")
         self._refuse(408, "Request Timeout", "request_timeout", f"the body did not come within {BODY_SECONDS:g} s")
@@ -268,15 +284,17 @@ class Protocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, phrase: str, kind: str, message: str, headers: str = "") -> None:
         self._refused = True
+        self._stop_head_timer()
+        self._stop_body_timer()
         if self.cycle is not None and not self.cycle.response_complete and self.cycle.more_body:
             if self.cycle.response_started:
-                self.transport.close()  # nothing can be said in the middle of a response
+                self._close()  # nothing can be said in the middle of a response
                 return
             self.cycle.disconnected = True  # its body was broken: the handler that waits for the rest is told to leave
             self.cycle.message_event.set()
         before = [cycle for cycle in self._under_way if not (cycle.response_complete or cycle.disconnected)]
         if before:  # what was sent ahead is answered, not overtaken; then the connection closes
-            before[0].keep_alive = False
+            before[-1].keep_alive = False
             return
         request_id = make_request_id()
         body = orjson.dumps({"error": {"type": kind, "message": message}, "request_id": request_id})
@@ -288,4 +306,4 @@ class Protocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         # Closing with unread bytes would reset the connection under the answer: the client gets a moment to read it.
-        self.loop.call_later(1.0, self.transport.close)
+        self.loop.call_later(1.0, self._close)

@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry
 from service.connections import Connections
 from service.metrics import Families
 from tests.service.fake_engine import FakeEngine
-from tests.service.fake_server import RunningServer, running
-from tests.service.test_http_sockets import eventually, exchange, post, troubles
+from tests.service.fake_server import running
+from tests.service.test_http_sockets import connections, eventually, exchange, post, troubles
 
 
 def test_connections_are_bounded() -> None:
@@ -84,10 +84,6 @@ def test_who_keeps_the_server_waiting_makes_room() -> None:
         assert working.recv(65536).startswith(b"HTTP/1.1 200 ")
         asked_last.sendall(whole)
         assert asked_last.recv(65536).startswith(b"HTTP/1.1 200 ")
-
-
-def connections(server: RunningServer) -> float | None:
-    return server.model.metrics.registry.get_sample_value("transduce_connections")
 
 
 @pytest.mark.parametrize(

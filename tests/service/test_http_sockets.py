@@ -40,6 +40,11 @@ def troubles(server: RunningServer, reason: str) -> float:
     return value
 
 
+def connections(server: RunningServer) -> float | None:
+    """How many are open."""
+    return server.model.metrics.registry.get_sample_value("transduce_connections")
+
+
 def exchange(port: int, request: bytes) -> bytes:
     """What the server says to these bytes until it closes."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
@@ -195,11 +200,9 @@ def test_a_body_that_never_ends_is_408(server: RunningServer, monkeypatch: pytes
     assert httpx.get(f"{server.url}/healthz").status_code == 200
 
 
-def test_who_never_reads_an_answer_is_cut_off(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits for it is given up. (With small buffers: here the kernel takes megabytes for a client that sleeps.)"""
-    monkeypatch.setattr(protocol, "STALLED_SECONDS", 0.3)
-    told: list[object] = []
-    monkeypatch.setattr(protocol.logger, "info", lambda *words: told.append(words[0]))
+@pytest.fixture
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the server's side; here the kernel takes megabytes for a client that sleeps."""
     made = protocol.Protocol.connection_made
 
     def with_small_buffers(self: protocol.Protocol, transport: Any) -> None:
@@ -207,12 +210,32 @@ def test_who_never_reads_an_answer_is_cut_off(server: RunningServer, monkeypatch
         made(self, transport)
 
     monkeypatch.setattr(protocol.Protocol, "connection_made", with_small_buffers)
-    body = b'{"inputs": [%s], "pooling": "none"}' % b", ".join([b'"%s"' % (b"a" * 60)] * 1000)
-    request = post(body, "Connection: close").replace(b"/v1/generate", b"/v1/encode")
+
+
+@contextlib.contextmanager
+def connected_with_small_buffers(server: RunningServer) -> Iterator[socket.socket]:
+    """A client that can be told little at a time."""
     with socket.socket() as connection:
         connection.settimeout(10)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before it is told to the other side
         connection.connect(("127.0.0.1", server.port))
+        yield connection
+
+
+def asking_for_vectors(number: int, *headers: str) -> bytes:
+    """Of so many texts of sixty tokens: 2 KB each."""
+    body = b'{"inputs": [%s], "pooling": "none"}' % b", ".join([b'"%s"' % (b"a" * 60)] * number)
+    return post(body, *headers).replace(b"/v1/generate", b"/v1/encode")
+
+
+@pytest.mark.usefixtures("small_buffers")
+def test_who_never_reads_an_answer_is_cut_off(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for it is given up."""
+    monkeypatch.setattr(protocol, "STALLED_SECONDS", 0.3)
+    told: list[object] = []
+    monkeypatch.setattr(protocol.logger, "info", lambda *words: told.append(words[0]))
+    request = asking_for_vectors(1000, "Connection: close")
+    with connected_with_small_buffers(server) as connection:
         connection.sendall(request)
         time.sleep(3.0)
         received = 0
@@ -225,12 +248,49 @@ def test_who_never_reads_an_answer_is_cut_off(server: RunningServer, monkeypatch
     assert (troubles(server, "stalled_reader"), troubles(server, "client_left")) == (1, 0)
 
 
+@pytest.mark.usefixtures("small_buffers")
+@pytest.mark.parametrize("headers", [(), ("Connection: close",)])
+def test_who_never_reads_the_end_of_an_answer_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, headers: tuple[str, ...]
+) -> None:
+    """It is whole, and so small that nobody had to wait with writing it; but its connection cannot close before the
+    client has it."""
+    monkeypatch.setattr(protocol, "STALLED_SECONDS", 0.3)
+    monkeypatch.setattr("service.server.KEEP_ALIVE_SECONDS", 1)
+    with running(FakeEngine()) as server, connected_with_small_buffers(server) as connection:
+        connection.sendall(asking_for_vectors(16, *headers))
+        assert eventually(lambda: troubles(server, "stalled_reader") == 1)
+        assert eventually(lambda: connections(server) == 0)
+        assert troubles(server, "client_left") == 0
+
+
+@pytest.mark.parametrize(
+    "request_bytes", [b"GARBAGE", b"POST /v1/generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz"]
+)
+def test_who_was_refused_is_not_refused_again(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, request_bytes: bytes
+) -> None:
+    """While it has its moment to read the refusal, the time for its head and body runs out."""
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(protocol, "BODY_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(request_bytes + b"\r\n\r\n")
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+        assert eventually(lambda: connections(server) == 0)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"x-request-id: ") == 1
+    counts = {reason: troubles(server, reason) for reason in ("malformed", "slow_head", "slow_body", "client_left")}
+    assert counts == {"malformed": 1, "slow_head": 0, "slow_body": 0, "client_left": 0}
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_what_was_sent_ahead_of_garbage_is_answered(server: RunningServer) -> None:
-    """A refusal overtakes no answer: the first request gets its own, then the connection closes."""
-    answer = exchange(server.port, post(b'{"inputs": "echo"}') + b"GARBAGE\r\n\r\n")
+    """A refusal overtakes no answer: whole requests get their own, then the connection closes."""
+    answer = exchange(server.port, post(b'{"inputs": "echo"}') * 3 + b"GARBAGE\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 200 ")
-    assert b'"text":"echo"' in answer
-    assert answer.count(b"HTTP/1.1 ") == 1
+    assert answer.count(b'"text":"echo"') == answer.count(b"HTTP/1.1 ") == 3
     assert troubles(server, "malformed") == 1
 
 
