@@ -23,6 +23,7 @@ from service.door import Door, Doorkeeper, Refusals
 from service.encode import encode
 from service.generate import generate
 from service.keys import Gate, Keys
+from service.large_answers import LargeAnswers
 from service.middleware import Envelope, Linger
 from service.models import Models
 from service.openapi import DESCRIPTION, describe, operation
@@ -68,6 +69,8 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
     app.router.route_class = _Route
     settings = models.settings
     bodies = Bodies(settings.max_bodies_bytes)
+    answers = LargeAnswers(settings.max_answers_bytes)
+    models.families.large_answer_bytes.set_function(lambda: float(answers.held))
     app.state.keys = Keys(settings.api_keys, settings.api_key_file)
     admin_keys = Keys(settings.admin_keys, settings.admin_key_file, flag="--admin-key")
     without_key = HEALTH_PATHS | ({METRICS_PATH} if settings.metrics_without_key else frozenset())
@@ -91,6 +94,7 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
         Envelope,
         metrics=models.metrics,
         bodies=bodies,
+        answers=answers,
         paths=paths,
         leaving=lambda: models.status in ("draining", "stopped"),
         refusals=refusals,
@@ -98,7 +102,7 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
         tracing=tracing,
     )
     add_problem_handlers(app, models.metrics)
-    _add_model_routes(app, models, bodies)
+    _add_model_routes(app, models, bodies, answers)
     model_paths.update(
         route.path for route in app.routes if isinstance(route, Route) and "POST" in (route.methods or ())
     )
@@ -130,7 +134,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
 
 
-def _add_model_routes(app: FastAPI, models: Models, bodies: Bodies) -> None:
+def _add_model_routes(app: FastAPI, models: Models, bodies: Bodies, answers: LargeAnswers) -> None:
     @app.post("/v1/generate", **operation("generate", "Text to text", GenerateRequest, GenerateResponse))
     async def post_generate(request: Request) -> Response:
         """Translate, correct, transcribe: whatever the model turns one text into.
@@ -140,28 +144,28 @@ def _add_model_routes(app: FastAPI, models: Models, bodies: Bodies) -> None:
         """
         asked = await _asked(request, models, bodies, GenerateRequest)
         with models.borrow(asked.model) as model:
-            return await generate(model, app.state.mailbox, asked, request)
+            return await generate(model, app.state.mailbox, answers, asked, request)
 
     @app.post("/v1/encode", **operation("encode", "Text to vectors", EncodeRequest, EncodeResponse))
     async def post_encode(request: Request) -> Response:
         """The encoder's vectors of each text, pooled to one or token by token."""
         asked = await _asked(request, models, bodies, EncodeRequest)
         with models.borrow(asked.model) as model:
-            return await encode(model, app.state.mailbox, asked, request)
+            return await encode(model, app.state.mailbox, answers, asked, request)
 
     @app.post("/v1/score", **operation("score", "How probable a text is", ScoreRequest, ScoreResponse))
     async def post_score(request: Request) -> Response:
         """The log-probability of each target, given its input: what a beam search would have added up for it."""
         asked = await _asked(request, models, bodies, ScoreRequest)
         with models.borrow(asked.model) as model:
-            return await score(model, app.state.mailbox, asked, request)
+            return await score(model, app.state.mailbox, answers, asked, request)
 
     @app.post("/v1/classify", **operation("classify", "Text to labels", ClassifyRequest, ClassifyResponse))
     async def post_classify(request: Request) -> Response:
         """The labels of each text with their probabilities, from a model that was trained to classify."""
         asked = await _asked(request, models, bodies, ClassifyRequest)
         with models.borrow(asked.model) as model:
-            return await classify(model, app.state.mailbox, asked, request)
+            return await classify(model, app.state.mailbox, answers, asked, request)
 
     @app.get(
         "/v1/models", response_model=ModelList, tags=["models"], operation_id="models", summary="The models served here"

@@ -10,6 +10,7 @@ from service import answer
 from service.call import Call, EngineRefusal, Mailbox
 from service.errors import TooLarge
 from service.generation import Generation
+from service.large_answers import DESCRIBED_TOKEN_BYTES, NUMBER_BYTES, TOKEN_BYTES, LargeAnswers
 from service.request_id import make_request_id
 from service.schemas import GenerateRequest
 from service.sequence import Failed, Finished, GenerateParameters
@@ -29,7 +30,9 @@ _WEIGHTS_PER_TOKEN = 50
 """Weights of an alignment that are rendered in the time of one token."""
 
 
-async def generate(model: ServedModel, mailbox: Mailbox, asked: GenerateRequest, request: Request) -> Response:
+async def generate(
+    model: ServedModel, mailbox: Mailbox, answers: LargeAnswers, asked: GenerateRequest, request: Request
+) -> Response:
     """Answer one request. Raises what the contract refuses, before the first byte of an answer."""
     if asked.parameters.suppress:  # every token is looked at for each of the texts
         parameters = await asyncio.to_thread(model.generate_parameters, asked.parameters)
@@ -38,7 +41,8 @@ async def generate(model: ServedModel, mailbox: Mailbox, asked: GenerateRequest,
     deadline = model.deadline(asked.parameters.timeout)
     written = {index: text for index, text in enumerate(asked.inputs) if text and not text.isspace()}
     sources = await model.source_ids(written, truncate=asked.parameters.truncate)
-    _require_size(asked, parameters, sources, max(MAX_SEQUENCES, model.settings.max_inputs))
+    size = _size_at_most(asked, parameters, sources, max(MAX_SEQUENCES, model.settings.max_inputs))
+    answers.expect(request.state.trail, size)
     prefix = model.tokenizer.decode(parameters.prefix_ids)
     detokenizer = model.tokenizer.detokenizer(prefix, asked.parameters.stop)
     generation = Generation(f"gen-{make_request_id()}", model, asked, sources, parameters, detokenizer, deadline)
@@ -54,10 +58,10 @@ async def generate(model: ServedModel, mailbox: Mailbox, asked: GenerateRequest,
     return Response(content, media_type="application/json")
 
 
-def _require_size(
+def _size_at_most(
     asked: GenerateRequest, parameters: GenerateParameters, sources: dict[int, list[int]], max_sequences: int
-) -> None:
-    """TooLarge (413) for an answer that could grow beyond all measure."""
+) -> int:
+    """Bytes that the answer can come to. TooLarge (413) if it could grow beyond all measure."""
     each = parameters.num_return_sequences
     if len(asked.inputs) * each > max_sequences:
         raise TooLarge(
@@ -70,6 +74,9 @@ def _require_size(
             f"the alignments could have {weights:,} numbers, the limit of an answer is {MAX_WEIGHTS:,}; "
             "split the call, or lower max_new_tokens"
         )
+    tokens = len(sources) * each * parameters.max_new_tokens
+    size = tokens * (DESCRIBED_TOKEN_BYTES if asked.parameters.return_tokens else TOKEN_BYTES)
+    return size + (weights * NUMBER_BYTES if parameters.return_alignments else 0)
 
 
 async def _all_finished(call: Call) -> dict[int, Finished]:

@@ -63,6 +63,11 @@ class Families:
             "Connections that were refused again and are not read before their turn.",
             registry=registry,
         )
+        self.large_answer_bytes = Gauge(
+            "transduce_large_answer_bytes",
+            "Bytes that large answers may come to or have, from the work for them until they are taken.",
+            registry=registry,
+        )
         self.connection_troubles = Counter(
             "transduce_connection_troubles",
             "Connections that were ended, or whose client left without its answer, by why.",

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.body import Bodies
 from service.door import Refusals, body_may_be_long
 from service.errors import QueueFull, TransduceError, Unauthorized
+from service.large_answers import PIECE_BYTES, LargeAnswers, in_pieces
 from service.logs import Words
 from service.metrics import Metrics
 from service.problem import problem_response
@@ -45,6 +46,7 @@ class Envelope:
         app: ASGIApp,
         metrics: Callable[[str | None], Metrics],
         bodies: Bodies,
+        answers: LargeAnswers,
         paths: Collection[str],
         leaving: Callable[[], bool],
         refusals: Refusals,
@@ -58,6 +60,7 @@ class Envelope:
         for a model."""
         self.app = app
         self._bodies = bodies
+        self._answers = answers
         self._paths = paths
         self._refusals = refusals
         self._ration = ration
@@ -92,7 +95,18 @@ class Envelope:
                 message = dict(message, headers=[*message["headers"], *added])
             elif method == "HEAD":
                 message = dict(message, body=b"")
+            elif len(body := message.get("body", b"")) > PIECE_BYTES:
+                await send_large(body, more=message.get("more_body", False))
+                return
             await send(message)
+
+        async def send_large(body: bytes | memoryview, *, more: bool) -> None:
+            if not more:
+                self._answers.has_come(trail, len(body))
+            for piece in in_pieces(body):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            if not more:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         try:
             await self.app(scope, receive, send_with_id)
@@ -107,6 +121,7 @@ class Envelope:
             await problem_response(error, request_id)(scope, receive, send_with_id)
         finally:
             self._bodies.give_back(trail)
+            self._answers.give_back(trail)
             endpoint = endpoint_of(scope, self._paths)
             method = method if method in _METHODS else "other"
             self._metrics(trail.model).count_http(endpoint, status)

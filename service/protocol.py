@@ -31,7 +31,8 @@ BODY_SECONDS = 60.0
 """How long the body of a request may take after its head."""
 
 STALLED_SECONDS = 60.0
-"""How long a client may take nothing of an answer of which more is waiting than the sockets hold."""
+"""How long a client may take for what is written and waits here, behind the sockets: some 100 KB, for no more of an
+answer is written meanwhile."""
 
 logger = logging.getLogger("transduce.http")
 
@@ -102,7 +103,8 @@ class Protocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The client does not read what it is sent. Who stops for good is cut off, with all that waits for it."""
         super().pause_writing()
-        self._watch_for_progress()
+        if self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(STALLED_SECONDS, self._cut_off)
 
     def resume_writing(self) -> None:
         """It reads again."""
@@ -226,7 +228,7 @@ class Protocol(HttpToolsProtocol):
         """A connection closes when its client has all that was said, so one who does not read could keep it for ever:
         the sockets and, without anybody's being told to pause, some of the buffer here may hold the last answer."""
         if self.transport.is_closing() and self._stall_timer is None and self.transport.get_write_buffer_size():
-            self._watch_for_progress()
+            self._stall_timer = self.loop.call_later(STALLED_SECONDS, self._cut_off)
 
     def _close_slow_head(self) -> None:
         self._all.trouble("slow_head")
@@ -247,16 +249,8 @@ class Protocol(HttpToolsProtocol):
             self._stall_timer.cancel()
             self._stall_timer = None
 
-    def _watch_for_progress(self) -> None:
-        left = self.transport.get_write_buffer_size()
-        self._stall_timer = self.loop.call_later(STALLED_SECONDS, self._cut_off_unless_less, left)
-
-    def _cut_off_unless_less(self, left: int) -> None:
-        # Writing resumes when the buffer is almost empty. A long answer may take its time, as long as it moves.
-        if self.transport.get_write_buffer_size() < left:
-            self._watch_for_progress()
-            return
-        logger.info("a client took nothing for %g s: its connection is cut", STALLED_SECONDS)
+    def _cut_off(self) -> None:
+        logger.info("a client took next to nothing for %g s: its connection is cut", STALLED_SECONDS)
         self._all.trouble("stalled_reader")
         self._cut = True
         self.transport.abort()

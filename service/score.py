@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from service import answer
 from service.call import Call, Mailbox
+from service.large_answers import DESCRIBED_TOKEN_BYTES, LargeAnswers
 from service.request_id import make_request_id
 from service.schemas import ScoreRequest
 from service.sequence import Scored, Sequence
@@ -19,11 +20,16 @@ _INLINE_TOKENS = 2000
 """Answers about fewer tokens are rendered on the event loop: sooner done than a thread is woken."""
 
 
-async def score(model: ServedModel, mailbox: Mailbox, asked: ScoreRequest, request: Request) -> Response:
+async def score(
+    model: ServedModel, mailbox: Mailbox, answers: LargeAnswers, asked: ScoreRequest, request: Request
+) -> Response:
     """Answer one request. An empty text is its end token alone, on either side."""
     deadline = model.deadline(None)
     sources = await model.source_ids(dict(enumerate(asked.inputs)), truncate=asked.truncate)
     targets = await model.target_ids(dict(enumerate(asked.targets)))
+    target_tokens = sum(map(len, targets.values()))
+    if asked.return_tokens:
+        answers.expect(request.state.trail, target_tokens * DESCRIBED_TOKEN_BYTES)
     with Call(model.engine, mailbox, request.state.trail) as call:
         sequences = {
             index: Sequence(ids, call.listener(index), kind="score", target_ids=targets[index], deadline=deadline)
@@ -31,7 +37,6 @@ async def score(model: ServedModel, mailbox: Mailbox, asked: ScoreRequest, reque
         }
         call.submit(sequences, request.receive)
         scored = await call.answers(Scored, lambda answer: answer.log_probabilities)
-    target_tokens = sum(map(len, targets.values()))
     outputs = partial(_outputs, model, asked, targets, scored)
     body = {
         "id": f"score-{make_request_id()}",

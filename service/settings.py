@@ -124,6 +124,14 @@ class Settings:
             "Bytes of the bodies of all requests under way at most; what is more is refused with 429.", low=1024
         ),
     )
+    max_answers_bytes: int = field(
+        default=256 * 2**20,
+        metadata=_manual(
+            "Bytes of all large answers at most, from the work for them until they are taken; what could be more is "
+            "refused with 429.",
+            low=1024,
+        ),
+    )
     encode_tokens: int = field(
         default=1024,
         metadata=_manual(

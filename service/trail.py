@@ -37,6 +37,8 @@ class Trail:
     model: str | None = None
     """Which model was asked, as soon as that is known."""
     body_bytes: int = 0
+    answer_bytes: int = 0
+    """Of a large answer that is expected or has come."""
     read: float | None = None
     """When the body had been read."""
     submitted: float | None = None

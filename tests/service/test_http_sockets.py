@@ -244,7 +244,7 @@ def test_who_never_reads_an_answer_is_cut_off(server: RunningServer, monkeypatch
                 received += len(piece)
     whole = len(exchange(server.port, request))
     assert 0 < received < whole
-    assert told == ["a client took nothing for %g s: its connection is cut"]
+    assert told == ["a client took next to nothing for %g s: its connection is cut"]
     assert (troubles(server, "stalled_reader"), troubles(server, "client_left")) == (1, 0)
 
 
