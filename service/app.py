@@ -52,6 +52,9 @@ Asked = TypeVar("Asked", GenerateRequest, EncodeRequest, ClassifyRequest, ScoreR
 _KEEP_ALIVE_BODY = 64 * 1024
 """An unread body up to this long (bytes) is left to the server, which skips it and keeps the connection."""
 
+_MAX_VALUES = 64 * 1024
+"""Texts, numbers, lists and objects in a body; where calls may have very many inputs, four for each."""
+
 
 def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
     """An application that serves `models`; it answers 503 until their engines are ready. Raises SettingsError."""
@@ -68,7 +71,7 @@ def create_app(models: Models, tracing: "Tracing | None" = None) -> FastAPI:
     )
     app.router.route_class = _Route
     settings = models.settings
-    bodies = Bodies(settings.max_bodies_bytes)
+    bodies = Bodies(settings.max_bodies_bytes, max_values=max(_MAX_VALUES, 4 * settings.max_inputs))
     answers = LargeAnswers(settings.max_answers_bytes)
     models.families.large_answer_bytes.set_function(lambda: float(answers.held))
     app.state.keys = Keys(settings.api_keys, settings.api_key_file)

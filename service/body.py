@@ -13,6 +13,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from service.errors import InvalidRequest, QueueFull, TooLarge
+from service.json_values import spells_more_values_than
 from service.trail import Trail
 
 MAX_DEPTH = 16
@@ -27,9 +28,14 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 class Bodies:
     """The bodies of all requests under way, in bytes: what waits in line or is sent slowly is held meanwhile."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, max_values: int) -> None:
+        """`limit` is of all bodies together, in bytes; `max_values` of one, in texts, numbers, lists and objects."""
         self.limit = limit
+        self.max_values = max_values
         self.held = 0
+        self.parsing = asyncio.Lock()
+        """Held while a long body is parsed: threads would only take turns, and what they make is several times as
+        large as the body."""
 
     def take(self, trail: Trail, count: int) -> None:
         """So many more of this request's. QueueFull (429) if they are too many together."""
@@ -75,9 +81,12 @@ def _too_large(limit: int, length: str) -> TooLarge:
 async def read_json(request: Request, limit: int, bodies: Bodies) -> Any:
     """The body of `request` as Python values, without lone surrogates."""
     body = await read_body(request, limit, bodies)
-    if len(body) > _PARSE_IN_THREAD:
+    if len(body) <= _PARSE_IN_THREAD:
+        return parse_json(body)
+    async with bodies.parsing:
+        if await asyncio.to_thread(spells_more_values_than, bodies.max_values, body):
+            raise TooLarge(f"the body has more than {bodies.max_values:,} values; send fewer inputs per call")
         return await asyncio.to_thread(parse_json, body)
-    return parse_json(body)
 
 
 def parse_json(body: bytes) -> Any:
