@@ -13,7 +13,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from service.errors import InvalidRequest, QueueFull, TooLarge
-from service.json_values import spells_more_values_than
+from service.json_values import passes
 from service.trail import Trail
 
 MAX_DEPTH = 16
@@ -82,38 +82,35 @@ async def read_json(request: Request, limit: int, bodies: Bodies) -> Any:
     """The body of `request` as Python values, without lone surrogates."""
     body = await read_body(request, limit, bodies)
     if len(body) <= _PARSE_IN_THREAD:
-        return parse_json(body)
+        return parse_json(body, bodies.max_values)
     async with bodies.parsing:
-        if await asyncio.to_thread(spells_more_values_than, bodies.max_values, body):
-            raise TooLarge(f"the body has more than {bodies.max_values:,} values; send fewer inputs per call")
-        return await asyncio.to_thread(parse_json, body)
+        return await asyncio.to_thread(parse_json, body, bodies.max_values)
 
 
-def parse_json(body: bytes) -> Any:
-    """The value that `body` spells; InvalidRequest (400) if it is not UTF-8, not JSON, or nested too deep."""
+def parse_json(body: bytes, max_values: int) -> Any:
+    """The value that `body` spells; InvalidRequest (400) if it is not UTF-8, not JSON, or nested too deep, TooLarge
+    (413) if it has more values than that.
+    """
     if not body:
         raise InvalidRequest("the body is empty; send a JSON object")
     try:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: byte {error.start} cannot be decoded") from None
+    match passes(body, max_depth=MAX_DEPTH, max_values=max_values):
+        case "depth":
+            raise InvalidRequest(f"the body is nested too deep; the limit is {MAX_DEPTH} levels")
+        case "values":
+            raise TooLarge(f"the body has more than {max_values:,} values; send fewer inputs per call")
     try:
         value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise _too_deep() from None
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" at")
         raise InvalidRequest(f"the body is not JSON: {what} at character {error.pos}") from None
     except ValueError:  # Python refuses integers of thousands of digits
         raise InvalidRequest("the body is not usable JSON: a number is too long") from None
-    if text.count("[") + text.count("{") > MAX_DEPTH and _depth_exceeds(value, MAX_DEPTH):
-        raise _too_deep()
     # A lone surrogate can only come from an escape; without one the walk is spared.
     return _without_lone_surrogates(value) if re.search(r"\\u[dD][89a-fA-F]", text) else value
-
-
-def _too_deep() -> InvalidRequest:
-    return InvalidRequest(f"the body is nested too deep; the limit is {MAX_DEPTH} levels")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -125,22 +122,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise InvalidRequest(f"the body is not JSON: {name} is not a JSON number")
-
-
-def _depth_exceeds(value: Any, limit: int) -> bool:
-    """Whether `value` nests deeper than `limit`; level by level, so that no depth can exhaust the stack."""
-    level = [value]
-    for _ in range(limit + 1):
-        level = [
-            member
-            for holder in level
-            if isinstance(holder, (dict, list))
-            for member in (holder.values() if isinstance(holder, dict) else holder)
-            if isinstance(member, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
 
 
 def without_lone_surrogates(text: str) -> str:

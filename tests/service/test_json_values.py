@@ -1,4 +1,4 @@
-"""Counting values before they are made."""
+"""Looking at a body before it is parsed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from starlette.testclient import TestClient
 
 from service import json_values
 from service.app import create_app
-from service.json_values import spells_more_values_than
+from service.json_values import passes
 from tests.service.fake_engine import FakeEngine, fake_models
 
 
-def counted(text: bytes) -> int:
-    """Character by character."""
-    count, inside, escaped = 0, False, False
+def looked_at(text: bytes) -> tuple[int, int]:
+    """Values and depth, character by character."""
+    values, depth, deepest, inside, escaped = 0, 0, 0, False, False
     for byte in text:
         if byte == ord('"') and not escaped:
             inside = not inside
-        elif not inside and byte in b",[{":
-            count += 1
+        elif not inside:
+            values += byte in b",[{"
+            depth += (byte in b"[{") - (byte in b"]}")
+            deepest = max(depth, deepest)
         escaped = byte == ord("\\") and not escaped
-    return count
+    return values, deepest
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,27 +38,38 @@ def small_pieces() -> Iterator[None]:
         yield
 
 
-@given(st.lists(st.sampled_from([b'"', b"\\", b",", b"[", b"{", b"a", "ü".encode()]), max_size=60).map(b"".join))
-def test_it_counts_outside_of_texts(text: bytes) -> None:
+PIECES = [b'"', b"\\", b",", b"[", b"]", b"{", b"}", b"a", "ü".encode()]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=60).map(b"".join))
+def test_it_looks_outside_of_texts(text: bytes) -> None:
     """Whatever stands where, escapes and the ends of pieces included."""
-    wanted = counted(text)
-    assert not spells_more_values_than(wanted, text)
-    assert wanted == 0 or spells_more_values_than(wanted - 1, text)
+    values, depth = looked_at(text)
+    assert passes(text, max_values=values, max_depth=depth) is None
+    assert values == 0 or passes(text, max_values=values - 1, max_depth=60) == "values"
+    assert depth == 0 or passes(text, max_values=60, max_depth=depth - 1) == "depth"
 
 
-@given(
-    st.recursive(
-        st.text() | st.none() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
-    )
-)
+VALUES = st.recursive(st.text() | st.none() | st.integers(), lambda of: st.lists(of) | st.dictionaries(st.text(), of))
+
+
+@given(VALUES)
 def test_a_value_has_no_more_than_are_counted(value: object) -> None:
-    """One of them, the first, has neither a comma before it nor a bracket."""
+    """One of them, the first, has neither a comma before it nor a bracket. The depth is exact."""
+
+    def members(value: object) -> list[object]:
+        return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
     def values(value: object) -> int:
-        members = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-        return 1 + sum(map(values, members))
+        return 1 + sum(map(values, members(value)))
 
-    assert values(value) <= counted(json.dumps(value).encode()) + 1
+    def depth(value: object) -> int:
+        return isinstance(value, (dict, list)) + max(map(depth, members(value)), default=0)
+
+    text = json.dumps(value).encode()
+    assert passes(text, max_values=values(value), max_depth=depth(value)) != "depth"
+    assert values(value) <= looked_at(text)[0] + 1
+    assert looked_at(text)[1] == depth(value)
 
 
 LARGE = 7_000_000
@@ -66,7 +79,6 @@ LARGE = 7_000_000
 def test_a_body_of_millions_of_values_is_413(monkeypatch: pytest.MonkeyPatch, unit: bytes) -> None:
     """Before any of them is made, which would take seconds and hundreds of megabytes."""
     monkeypatch.setattr(json_values, "_PIECE", 1 << 18)
-    monkeypatch.setattr("service.body.parse_json", lambda body: pytest.fail("it was parsed"))
     body = b'{"inputs": [' + b",".join([unit] * (LARGE // (len(unit) + 1))) + b"]}"
     with TestClient(create_app(fake_models(FakeEngine(), max_body_bytes=2**23))) as client:
         began = time.process_time()
