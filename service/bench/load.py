@@ -162,8 +162,11 @@ class _Session:
 
 
 async def _until(moment: float) -> None:
-    """Sleep until then (time.perf_counter()); the event loop wakes up within a millisecond after it.
+    """Sleep until then (time.perf_counter()), and never less: what is sent before it is due would fall out of a window
+    that opens with it, and an event loop may wake up half a millisecond early.
 
     Lets others run even if it is past: an open loop that is late must not keep what it has sent from being read.
     """
-    await asyncio.sleep(max(0.0, moment - time.perf_counter()))
+    await asyncio.sleep(0)
+    while (left := moment - time.perf_counter()) > 0:
+        await asyncio.sleep(left)

@@ -51,10 +51,10 @@ def test_a_closed_loop_measures_the_delays_that_there_are() -> None:
 
 def test_a_closed_loop_lasts_for_a_time() -> None:
     """The window is as long as was asked, whatever is open at its end."""
-    fake = FakeTarget(lambda number: 0.03)
-    point = point_of(fake, Clients(2), Workload(texts=TEXTS, duration=0.5, warm_up=0))
-    assert point.seconds == 0.5
-    assert point.requests == pytest.approx(2 * 0.5 / 0.03, rel=0.2)
+    fake = FakeTarget(lambda number: 0.15)
+    point = point_of(fake, Clients(2), Workload(texts=TEXTS, duration=1.5, warm_up=0))
+    assert point.seconds == 1.5
+    assert point.requests == pytest.approx(2 * 1.5 / 0.15, rel=0.2)
 
 
 def test_an_open_loop_keeps_its_rate_when_the_server_stalls() -> None:
@@ -78,6 +78,20 @@ def test_an_open_loop_keeps_its_rate_when_the_server_stalls() -> None:
     assert point.latency.p50 < 0.1
     # A third of the arrivals fall into the stall, and wait 0.6 s on average.
     assert point.latency.mean == pytest.approx(0.6 / 3, rel=0.5)
+
+
+def test_a_timer_that_is_early_makes_no_request_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Event loops round: the request with which the window opens would not count."""
+    sleep = asyncio.sleep
+
+    async def early(seconds: float) -> None:
+        await sleep(max(0.0, seconds - 0.002))
+
+    monkeypatch.setattr("service.bench.load.asyncio.sleep", early)
+    point = point_of(FakeTarget(), Rate(200), Workload(texts=TEXTS, requests=20, warm_up=20))
+    assert (point.requests, point.failures) == (20, {})
+    assert point.sent_late is not None
+    assert point.sent_late.p50 >= 0
 
 
 def test_an_open_loop_has_no_more_open_than_it_may() -> None:
