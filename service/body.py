@@ -19,6 +19,9 @@ from service.trail import Trail
 MAX_DEPTH = 16
 """Deepest nesting of arrays and objects in a body; the contract itself needs three."""
 
+_MAX_MEMBERS = 256
+"""Of an object in a body; the contract's largest has a few dozen. To say of each that it is unknown would take a while."""
+
 _PARSE_IN_THREAD = 64 * 1024
 """Bodies longer than this (bytes) are parsed in a thread, so that the event loop answers others meanwhile."""
 
@@ -114,6 +117,8 @@ def parse_json(body: bytes, max_values: int) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > _MAX_MEMBERS:
+        raise InvalidRequest(f"an object in the body has {len(pairs):,} members, the limit is {_MAX_MEMBERS}")
     members = dict(pairs)
     if len(members) != len(pairs):
         raise InvalidRequest("an object in the body has the same key twice")

@@ -113,7 +113,9 @@ class Target:
         except (ValueError, KeyError, TypeError):
             failure = "malformed answer"
         ended = ended or time.perf_counter()
-        return Reply(sent if due is None else due, sent, first, ended, len(inputs), source_tokens, generated_tokens, failure), answer
+        return Reply(
+            sent if due is None else due, sent, first, ended, len(inputs), source_tokens, generated_tokens, failure
+        ), answer
 
     async def check(self, inputs: Sequence[str]) -> None:
         """Ask once, and raise TargetRefused, with what to do about it, unless that is answered."""

@@ -56,10 +56,11 @@ def refusal(response: Any, status: int, kind: str) -> str:
         b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"inputs": ' + b"[" * 40 + b"]" * 40 + b"}",
         b'{"a":' * 100_000,
+        json.dumps({"inputs": "a", "parameters": dict.fromkeys(map(str, range(50_000)))}).encode(),
     ],
 )
 def test_what_is_no_json_is_400(client: TestClient, body: bytes) -> None:
-    """Not JSON, not UTF-8, not numbers, a key twice, or nested too deep."""
+    """Not JSON, not UTF-8, not numbers, a key twice, nested too deep, or with very many members."""
     refusal(client.post("/v1/generate", content=body), 400, "invalid_request")
 
 
