@@ -13,7 +13,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect, Request
 
 from service.errors import InvalidRequest, QueueFull, TooLarge
-from service.json_values import passes
+from service.json_values import exceeded
 from service.trail import Trail
 
 MAX_DEPTH = 16
@@ -100,7 +100,7 @@ def parse_json(body: bytes, max_values: int) -> Any:
         text = body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not UTF-8: byte {error.start} cannot be decoded") from None
-    match passes(body, max_depth=MAX_DEPTH, max_values=max_values):
+    match exceeded(body, max_depth=MAX_DEPTH, max_values=max_values):
         case "depth":
             raise InvalidRequest(f"the body is nested too deep; the limit is {MAX_DEPTH} levels")
         case "values":

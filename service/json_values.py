@@ -21,8 +21,8 @@ _DEEPER[list(b"[{")], _DEEPER[list(b"]}")] = 1, -1
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 
 
-def passes(text: bytes, *, max_depth: int, max_values: int) -> Literal["depth", "values"] | None:
-    """Which of the limits a text passes, if any. Values are counted by commas and opening brackets outside of texts;
+def exceeded(text: bytes, *, max_depth: int, max_values: int) -> Literal["depth", "values"] | None:
+    """Which of the limits a text exceeds, if any. Values are counted by commas and opening brackets outside of texts;
     `max_depth` is of lists and objects in one another. Of what is no JSON all is said up to where it is none.
     """
     brackets = text.count(b"[") + text.count(b"{")
@@ -33,9 +33,8 @@ def passes(text: bytes, *, max_depth: int, max_values: int) -> Literal["depth", 
         piece = np.frombuffer(text, np.uint8, min(_PIECE, len(text) - start), start)
         odd_run = _ends_odd_run(piece == _BACKSLASH, odd)
         quotes = (piece == _QUOTE) & ~np.concatenate(([odd], odd_run[:-1]))
-        texts = (
-            np.cumsum(quotes, dtype=np.int32) + inside
-        ) & 1 == 1  # from each opening quote to before the closing one
+        # From each opening quote to before the closing one.
+        texts = (np.cumsum(quotes, dtype=np.int32) + inside) & 1 == 1
         depths = np.cumsum(_DEEPER[piece] * ~texts, dtype=np.int32) + depth
         if depths.max() > max_depth:
             return "depth"

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from service import json_values
 from service.app import create_app
-from service.json_values import passes
+from service.json_values import exceeded
 from tests.service.fake_engine import FakeEngine, fake_models
 
 
@@ -45,9 +45,9 @@ PIECES = [b'"', b"\\", b",", b"[", b"]", b"{", b"}", b"a", "ü".encode()]
 def test_it_looks_outside_of_texts(text: bytes) -> None:
     """Whatever stands where, escapes and the ends of pieces included."""
     values, depth = looked_at(text)
-    assert passes(text, max_values=values, max_depth=depth) is None
-    assert values == 0 or passes(text, max_values=values - 1, max_depth=60) == "values"
-    assert depth == 0 or passes(text, max_values=60, max_depth=depth - 1) == "depth"
+    assert exceeded(text, max_values=values, max_depth=depth) is None
+    assert values == 0 or exceeded(text, max_values=values - 1, max_depth=60) == "values"
+    assert depth == 0 or exceeded(text, max_values=60, max_depth=depth - 1) == "depth"
 
 
 VALUES = st.recursive(st.text() | st.none() | st.integers(), lambda of: st.lists(of) | st.dictionaries(st.text(), of))
@@ -67,7 +67,7 @@ def test_a_value_has_no_more_than_are_counted(value: object) -> None:
         return isinstance(value, (dict, list)) + max(map(depth, members(value)), default=0)
 
     text = json.dumps(value).encode()
-    assert passes(text, max_values=values(value), max_depth=depth(value)) != "depth"
+    assert exceeded(text, max_values=values(value), max_depth=depth(value)) != "depth"
     assert values(value) <= looked_at(text)[0] + 1
     assert looked_at(text)[1] == depth(value)
 
