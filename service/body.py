@@ -20,7 +20,7 @@ MAX_DEPTH = 16
 """Deepest nesting of arrays and objects in a body; the contract itself needs three."""
 
 _MAX_MEMBERS = 256
-"""Of an object in a body; the contract's largest has a few dozen. To say of each that it is unknown would take a while."""
+"""Of an object in a body; the contract's largest has a few dozen. To say of each that it is unknown takes time."""
 
 _PARSE_IN_THREAD = 64 * 1024
 """Bodies longer than this (bytes) are parsed in a thread, so that the event loop answers others meanwhile."""

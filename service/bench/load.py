@@ -167,6 +167,8 @@ async def _until(moment: float) -> None:
 
     Lets others run even if it is past: an open loop that is late must not keep what it has sent from being read.
     """
-    await asyncio.sleep(0)
-    while (left := moment - time.perf_counter()) > 0:
-        await asyncio.sleep(left)
+    while True:
+        left = moment - time.perf_counter()
+        await asyncio.sleep(max(0.0, left))
+        if left <= 0:
+            return
