@@ -75,7 +75,8 @@ def _size_at_most(
             "split the call, or lower max_new_tokens"
         )
     tokens = len(sources) * each * parameters.max_new_tokens
-    size = tokens * (DESCRIBED_TOKEN_BYTES if asked.parameters.return_tokens else TOKEN_BYTES)
+    # Of a stream each token is an event by itself, until its client has taken what came before.
+    size = tokens * (DESCRIBED_TOKEN_BYTES if asked.parameters.return_tokens or asked.stream else TOKEN_BYTES)
     return size + (weights * NUMBER_BYTES if parameters.return_alignments else 0)
 
 

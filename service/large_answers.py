@@ -22,7 +22,8 @@ TOKEN_BYTES = 16
 """A token's part of a text."""
 
 DESCRIBED_TOKEN_BYTES = 160
-"""The id, the text and the log-probability of a token, by itself and again in the answer that is put together."""
+"""The id, the text and the log-probability of a token, by itself and again in the answer that is put together; or the
+event that tells of it."""
 
 
 class LargeAnswers:

@@ -92,6 +92,7 @@ def test_who_takes_next_to_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -
         ("/v1/generate", {"inputs": [TEXT] * 100, "parameters": {"return_alignments": True}}),
         ("/v1/generate", {"inputs": [TEXT] * 100, "parameters": {"return_alignments": True}, "stream": True}),
         ("/v1/generate", {"inputs": [TEXT] * 100, "parameters": {"return_tokens": True}}),
+        ("/v1/generate", {"inputs": [TEXT] * 50, "stream": True}),
         ("/v1/generate", {"inputs": [TEXT] * 500}),
         ("/v1/score", {"inputs": [TEXT] * 100, "targets": ["b" * 40] * 100, "return_tokens": True}),
         ("/v1/classify", {"inputs": [TEXT] * 200}),
