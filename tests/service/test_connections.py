@@ -13,7 +13,7 @@ from service.connections import Connections
 from service.metrics import Families
 from tests.service.fake_engine import FakeEngine
 from tests.service.fake_server import running
-from tests.service.test_http_sockets import connections, eventually, exchange, post, troubles
+from tests.service.sockets import connections, eventually, exchange, post, troubles
 
 
 def test_connections_are_bounded() -> None:

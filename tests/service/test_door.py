@@ -16,7 +16,7 @@ from service.logs import Words
 from service.trail import Trail
 from tests.service.fake_engine import FakeEngine
 from tests.service.fake_server import RunningServer, running
-from tests.service.test_http_sockets import eventually, exchange, post
+from tests.service.sockets import eventually, exchange, post
 
 ONE = b'{"inputs": "a"}'
 

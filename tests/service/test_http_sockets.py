@@ -6,7 +6,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2 as httpx
@@ -15,49 +15,22 @@ import pytest
 from service import protocol
 from tests.service.fake_engine import FakeEngine
 from tests.service.fake_server import RunningServer, running
+from tests.service.sockets import (
+    asking_for_vectors,
+    connected_with_small_buffers,
+    connections,
+    eventually,
+    exchange,
+    give_small_buffers,
+    post,
+    troubles,
+)
 
 
 @pytest.fixture
 def server() -> Iterator[RunningServer]:
     with running(FakeEngine(step_seconds=0.01)) as server:
         yield server
-
-
-def eventually(claim: Callable[[], object], seconds: float = 20.0) -> bool:
-    """Whether `claim` becomes true in time."""
-    end = time.monotonic() + seconds
-    while not claim():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
-
-
-def troubles(server: RunningServer, reason: str) -> float:
-    """How many connections ended so."""
-    value = server.model.metrics.registry.get_sample_value("transduce_connection_troubles_total", {"reason": reason})
-    assert value is not None
-    return value
-
-
-def connections(server: RunningServer) -> float | None:
-    """How many are open."""
-    return server.model.metrics.registry.get_sample_value("transduce_connections")
-
-
-def exchange(port: int, request: bytes) -> bytes:
-    """What the server says to these bytes until it closes."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(request)
-        answer = b""
-        while piece := connection.recv(65536):
-            answer += piece
-        return answer
-
-
-def post(body: bytes, *headers: str) -> bytes:
-    head = ["POST /v1/generate HTTP/1.1", "Host: x", f"Content-Length: {len(body)}", *headers]
-    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -200,37 +173,9 @@ def test_a_body_that_never_ends_is_408(server: RunningServer, monkeypatch: pytes
     assert httpx.get(f"{server.url}/healthz").status_code == 200
 
 
-@pytest.fixture
-def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the server's side; here the kernel takes megabytes for a client that sleeps."""
-    made = protocol.Protocol.connection_made
-
-    def with_small_buffers(self: protocol.Protocol, transport: Any) -> None:
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        made(self, transport)
-
-    monkeypatch.setattr(protocol.Protocol, "connection_made", with_small_buffers)
-
-
-@contextlib.contextmanager
-def connected_with_small_buffers(server: RunningServer) -> Iterator[socket.socket]:
-    """A client that can be told little at a time."""
-    with socket.socket() as connection:
-        connection.settimeout(10)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before it is told to the other side
-        connection.connect(("127.0.0.1", server.port))
-        yield connection
-
-
-def asking_for_vectors(number: int, *headers: str) -> bytes:
-    """Of so many texts of sixty tokens: 2 KB each."""
-    body = b'{"inputs": [%s], "pooling": "none"}' % b", ".join([b'"%s"' % (b"a" * 60)] * number)
-    return post(body, *headers).replace(b"/v1/generate", b"/v1/encode")
-
-
-@pytest.mark.usefixtures("small_buffers")
 def test_who_never_reads_an_answer_is_cut_off(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for it is given up."""
+    give_small_buffers(monkeypatch)
     monkeypatch.setattr(protocol, "STALLED_SECONDS", 0.3)
     told: list[object] = []
     monkeypatch.setattr(protocol.logger, "info", lambda *words: told.append(words[0]))
@@ -248,7 +193,6 @@ def test_who_never_reads_an_answer_is_cut_off(server: RunningServer, monkeypatch
     assert (troubles(server, "stalled_reader"), troubles(server, "client_left")) == (1, 0)
 
 
-@pytest.mark.usefixtures("small_buffers")
 @pytest.mark.parametrize("headers", [(), ("Connection: close",)])
 def test_who_never_reads_the_end_of_an_answer_is_cut_off(
     monkeypatch: pytest.MonkeyPatch, headers: tuple[str, ...]
@@ -257,6 +201,7 @@ def test_who_never_reads_the_end_of_an_answer_is_cut_off(
     client has it."""
     monkeypatch.setattr(protocol, "STALLED_SECONDS", 0.3)
     monkeypatch.setattr("service.server.KEEP_ALIVE_SECONDS", 1)
+    give_small_buffers(monkeypatch)
     with running(FakeEngine()) as server, connected_with_small_buffers(server) as connection:
         connection.sendall(asking_for_vectors(16, *headers))
         assert eventually(lambda: troubles(server, "stalled_reader") == 1)

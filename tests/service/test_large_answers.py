@@ -16,16 +16,14 @@ from service.large_answers import BASE64_NUMBER_BYTES, NUMBER_BYTES, PIECE_BYTES
 from service.vectors import as_base64
 from tests.service.fake_engine import FakeEngine, fake_models
 from tests.service.fake_server import RunningServer, running
-from tests.service.test_http_sockets import (
+from tests.service.sockets import (
     asking_for_vectors,
     connected_with_small_buffers,
     eventually,
     exchange,
-    small_buffers,
+    give_small_buffers,
     troubles,
 )
-
-__all__ = ["small_buffers"]
 
 TEXT = "a" * 60
 
@@ -56,9 +54,9 @@ def room_for_another(server: RunningServer) -> bool:
     return False
 
 
-@pytest.mark.usefixtures("small_buffers")
-def test_answers_that_are_not_taken_leave_no_room_for_large_ones() -> None:
+def test_answers_that_are_not_taken_leave_no_room_for_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until their clients are gone; small ones are given all the while."""
+    give_small_buffers(monkeypatch)
     with running(FakeEngine(), max_answers_bytes=500_000) as server:
         with connected_with_small_buffers(server) as connection:
             connection.sendall(asking_for_vectors(100))
@@ -69,10 +67,10 @@ def test_answers_that_are_not_taken_leave_no_room_for_large_ones() -> None:
         assert eventually(lambda: room_for_another(server))
 
 
-@pytest.mark.usefixtures("small_buffers")
 def test_who_takes_next_to_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte now and then does not keep an answer here."""
     monkeypatch.setattr(protocol, "STALLED_SECONDS", 0.5)
+    give_small_buffers(monkeypatch)
     with (
         running(FakeEngine(), max_answers_bytes=500_000) as server,
         connected_with_small_buffers(server) as connection,

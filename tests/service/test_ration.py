@@ -16,7 +16,7 @@ from service.keys import make_key
 from service.ration import REFUSALS_PER_SECOND, Ration
 from tests.service.fake_engine import FakeEngine
 from tests.service.fake_server import running
-from tests.service.test_http_sockets import post
+from tests.service.sockets import post
 
 
 class Connection:
