@@ -62,10 +62,13 @@ class Crowd:
         """Two hundred without a key that ask again at once."""
 
         async def ask() -> None:
-            reader, writer = await self._connect()
             while True:
-                writer.write(_post("/v1/generate", {"inputs": "a"}))
-                await self._answer(reader)
+                reader, writer = await self._connect()
+                with contextlib.suppress(OSError, asyncio.IncompleteReadError):  # closed: it comes again
+                    while True:
+                        writer.write(_post("/v1/generate", {"inputs": "a"}))
+                        await self._answer(reader)
+                writer.close()
 
         await self._together(200, ask)
 
@@ -129,7 +132,7 @@ class Crowd:
         writer.close()
 
     async def _together(self, count: int, ask: Callable[[], Awaitable[None]]) -> None:
-        await asyncio.gather(*(ask() for _ in range(count)), return_exceptions=True)
+        await asyncio.gather(*(ask() for _ in range(count)))
 
 
 CROWDS = ("silent", "refused", "anew", "leaves", "unread", "values")
