@@ -48,17 +48,10 @@ class LargeAnswers:
                 f"the answer could come to {count:,} bytes, and {self.held:,} of the {self.limit:,} that there may be "
                 "are held by other large answers; send fewer inputs per call, or try again in a moment"
             )
-        self._hold(trail, count)
+        self.hold(trail, count)
 
-    def has_come(self, trail: Trail, count: int) -> None:
-        """The answer is there, and has so many bytes."""
-        self._hold(trail, count)
-
-    def give_back(self, trail: Trail) -> None:
-        """The answer was taken, or will not be."""
-        self._hold(trail, 0)
-
-    def _hold(self, trail: Trail, count: int) -> None:
+    def hold(self, trail: Trail, count: int) -> None:
+        """This request's answer counts with so many bytes from now on: what it has, or none when it is over."""
         self.held += count - trail.answer_bytes
         trail.answer_bytes = count
 

@@ -102,7 +102,7 @@ class Envelope:
 
         async def send_large(body: bytes | memoryview, *, more: bool) -> None:
             if not more:
-                self._answers.has_come(trail, len(body))
+                self._answers.hold(trail, len(body))
             for piece in in_pieces(body):
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
             if not more:
@@ -121,7 +121,7 @@ class Envelope:
             await problem_response(error, request_id)(scope, receive, send_with_id)
         finally:
             self._bodies.give_back(trail)
-            self._answers.give_back(trail)
+            self._answers.hold(trail, 0)
             endpoint = endpoint_of(scope, self._paths)
             method = method if method in _METHODS else "other"
             self._metrics(trail.model).count_http(endpoint, status)

@@ -103,8 +103,7 @@ class Protocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """The client does not read what it is sent. Who stops for good is cut off, with all that waits for it."""
         super().pause_writing()
-        if self._stall_timer is None:
-            self._stall_timer = self.loop.call_later(STALLED_SECONDS, self._cut_off)
+        self._start_stall_timer()
 
     def resume_writing(self) -> None:
         """It reads again."""
@@ -227,8 +226,8 @@ class Protocol(HttpToolsProtocol):
     def _watch_the_end(self) -> None:
         """A connection closes when its client has all that was said, so one who does not read could keep it for ever:
         the sockets and, without anybody's being told to pause, some of the buffer here may hold the last answer."""
-        if self.transport.is_closing() and self._stall_timer is None and self.transport.get_write_buffer_size():
-            self._stall_timer = self.loop.call_later(STALLED_SECONDS, self._cut_off)
+        if self.transport.is_closing() and self.transport.get_write_buffer_size():
+            self._start_stall_timer()
 
     def _close_slow_head(self) -> None:
         self._all.trouble("slow_head")
@@ -243,6 +242,10 @@ class Protocol(HttpToolsProtocol):
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None
+
+    def _start_stall_timer(self) -> None:
+        if self._stall_timer is None:
+            self._stall_timer = self.loop.call_later(STALLED_SECONDS, self._cut_off)
 
     def _stop_stall_timer(self) -> None:
         if self._stall_timer is not None:
