@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,14 +22,53 @@ GPU wants few calls: there memory alone bounds a block, with 8,000 tokens 260 MB
 """
 
 
+class Said(Protocol):
+    """Distributions over the vocabulary that teachers give N rows, softened by the temperature."""
+
+    def block(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Of these rows the probabilities p (n, V), float32, and the sum of all p log p, ()."""
+
+
+class SaidInFull:
+    """From the teachers' states, the mean of their probabilities: Freitag et al. (2017), "Ensemble Distillation"."""
+
+    def __init__(self, told: Sequence[tuple[Tensor, Tensor]], temperature: float) -> None:
+        """`told`: of each teacher states (N, D') and the projection (V, D') that reads them."""
+        self._told = [(states.to(dtype := _product_type(states)), projection.to(dtype)) for states, projection in told]
+        self._temperature = temperature
+
+    def block(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """As in Said."""
+        logits = [(states[rows] @ projection.T).float() for states, projection in self._told]  # each (n, V)
+        each = [of_one.div_(self._temperature).softmax(dim=-1) for of_one in logits]
+        mean = each[0] if len(each) == 1 else torch.stack(each).mean(dim=0)
+        tiny = torch.finfo(mean.dtype).tiny  # where a probability is zero, the logarithm's value does not matter
+        return mean, torch.linalg.vecdot(mean, mean.clamp_min(tiny).log_()).sum()
+
+
+class SaidOfMost:
+    """From the likeliest tokens of each row alone: what they leave over is even among all others."""
+
+    def __init__(self, tokens: Tensor, probabilities: Tensor, vocab_size: int) -> None:
+        """tokens (N, k) int64, probabilities (N, k) float32, of fewer tokens than the vocabulary has."""
+        self._tokens, self._probabilities, self._vocab_size = tokens, probabilities, vocab_size
+
+    def block(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """As in Said."""
+        tokens, most = self._tokens[rows], self._probabilities[rows]
+        left = (1 - most.sum(dim=-1, keepdim=True)).clamp_min(0)  # (n, 1)
+        even = left / (self._vocab_size - most.shape[1])
+        entropy = torch.xlogy(most, most).sum() + torch.xlogy(left, even).sum()
+        return even.expand(-1, self._vocab_size).scatter(-1, tokens, most), entropy
+
+
 @dataclass(frozen=True)
 class Distillation:
     """What teachers say of the same rows: Hinton et al. (2015), section 2, word by word (Kim and Rush, 2016, section
-    3.1), several teachers by the mean of their probabilities (Freitag et al., 2017, "Ensemble Distillation").
+    3.1).
     """
 
-    told: Sequence[tuple[Tensor, Tensor]]
-    """Of each teacher states (N, D') and the projection (V, D') that reads them."""
+    said: Said
     weight: float
     """Of the divergence from what they say, from 0 to 1; the rest is that of the cross-entropy."""
     temperature: float
@@ -52,12 +91,16 @@ def projected_cross_entropy(
     type where it is on. The gradients are worked out on the way and cannot be differentiated again. torch's own
     linear_cross_entropy, in blocks too, takes the way of all logits under autocast, and sums the loss in bf16.
     """
-    device = states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
     loss: Tensor = _ProjectedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's own
-        states, weight, targets, label_smoothing, r_drop, distillation, dtype
+        states, weight, targets, label_smoothing, r_drop, distillation, _product_type(states)
     )
     return loss
+
+
+def _product_type(states: Tensor) -> torch.dtype:
+    """Of products with these states, here and now."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
@@ -79,7 +122,6 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         passes = len(states)
         states_gradient, weight_gradient = torch.empty_like(states), torch.zeros_like(weight)
         projection = weight.to(dtype)  # (V, D)
-        told = [tuple(part.to(dtype) for part in one) for one in distillation.told] if distillation else []
         loss = torch.zeros((), device=states.device)
         rows = (_BLOCK if states.device.type == "cpu" else _BLOCK_ON_GPU) // passes
         for start in range(0, len(targets), rows):
@@ -91,16 +133,16 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             if label_smoothing:
                 expected = expected + label_smoothing * scores.mean(dim=-1, keepdim=True)
             block_loss = -expected.sum()
+            if distillation:
+                divergence, towards = _from_teachers(logits, scores, distillation, slice(start, start + rows))
             if r_drop:
-                divergence, gradient = _with_divergence(scores, r_drop / 2)
-                block_loss += r_drop / 2 * passes * divergence
+                between, gradient = _with_divergence(scores, r_drop / 2)
+                block_loss += r_drop / 2 * passes * between
             else:
                 gradient = scores.exp_()
             gradient.sub_(label_smoothing / len(weight))
             gradient.scatter_add_(-1, places, torch.full_like(expected, label_smoothing - 1))
             if distillation:
-                theirs = [(read[start : start + rows] @ by.T).float() for read, by in told]  # each (n, V)
-                divergence, towards = _from_teachers(logits, theirs, distillation.temperature)
                 block_loss = torch.lerp(block_loss, divergence, distillation.weight)
                 gradient.lerp_(towards, distillation.weight)
             loss += block_loss / passes
@@ -116,16 +158,17 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         return states_gradient * loss_gradient[0], weight_gradient * loss_gradient[0], *[None] * 5
 
 
-def _from_teachers(logits: Tensor, theirs: Sequence[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-    """T^2 times the divergence of each pass from the teachers' mean, both softened by T, summed, and its gradient by
-    the logits, T times the difference of the distributions.
+def _from_teachers(logits: Tensor, scores: Tensor, distillation: Distillation, rows: slice) -> tuple[Tensor, Tensor]:
+    """T^2 times the divergence of each pass from what teachers say, both softened by T, summed, and its gradient by the
+    logits, T times the difference of the distributions.
 
-    logits (P, n, V), each of theirs (n, V) -> (), (P, n, V).
+    logits (P, n, V) and their log_softmax -> (), (P, n, V).
     """
-    ours = logits.div(temperature).log_softmax(dim=-1)
-    mean = torch.stack([each.div_(temperature).softmax(dim=-1) for each in theirs]).mean(dim=0)
-    divergence = torch.xlogy(mean, mean).sum() * len(logits) - (mean * ours).sum()
-    return divergence * temperature**2, ours.exp_().sub_(mean).mul_(temperature)
+    temperature = distillation.temperature
+    theirs, entropy = distillation.said.block(rows)  # (n, V), ()
+    ours = scores if temperature == 1 else logits.div(temperature).log_softmax(dim=-1)
+    divergence = entropy * len(logits) - torch.linalg.vecdot(theirs.expand_as(ours), ours).sum()
+    return divergence * temperature**2, ours.exp().sub_(theirs).mul_(temperature)
 
 
 def _with_divergence(scores: Tensor, weight: float) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from io import BufferedIOBase
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -160,6 +161,7 @@ class Batch:
     target_inputs: Tensor  # (B, T) int64, beginning with the start token, padded
     target_outputs: Tensor  # (B, T) int64, ending with the end token, padded
     target_tokens: int  # not padding, in target_outputs
+    pairs: list[int]  # B numbers in the corpus; of a paragraph, that of its first pair
 
     def repeated(self, times: int) -> Batch:
         """The rows so many times, one copy of all after the other."""
@@ -171,6 +173,7 @@ class Batch:
             self.target_inputs.repeat(times, 1),
             self.target_outputs.repeat(times, 1),
             self.target_tokens * times,
+            self.pairs * times,
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -181,6 +184,7 @@ class Batch:
             self.target_inputs.to(device),
             self.target_outputs.to(device),
             self.target_tokens,
+            self.pairs,
         )
 
 
@@ -194,8 +198,10 @@ def pad_rows(rows: list[list[int]], pad_id: int) -> Tensor:
 
 def _augment(
     pairs: list[tuple[str, str]], config: TrainingConfig, rng: np.random.Generator
-) -> Iterator[tuple[str, str]]:
-    """Join some pairs to paragraphs, then write some sources as people type: without capitals, without punctuation."""
+) -> Iterator[tuple[int, str, str]]:
+    """Join some pairs to paragraphs, then write some sources as people type: without capitals, without punctuation.
+    Each text comes with the place of its first pair.
+    """
     place = 0
     # A paragraph takes several pairs, so it must begin at fewer places than the share of pairs it ends up holding.
     mean = 1 + (1 - _GOES_ON ** (config.join_most - 1)) / (1 - _GOES_ON)
@@ -205,20 +211,24 @@ def _augment(
         if rng.random() < begin:
             count = min(1 + int(rng.geometric(1 - _GOES_ON)), config.join_most)
         taken = pairs[place : place + count]
-        place += count
         source, target = (" ".join(texts) for texts in zip(*taken, strict=True))
         if rng.random() < config.lowercase_share:
             source = source.lower()
         if rng.random() < config.unpunctuated_share:
             bare = source.rstrip(string.punctuation) if rng.random() < 0.5 else source.translate(_NO_PUNCTUATION)
             source = bare if bare.strip() else source
-        yield source, target
+        yield place, source, target
+        place += count
 
 
 _GOES_ON = 0.7
 """Chance that a paragraph of two sentences or more has one more: short paragraphs are common, long ones rare."""
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation.replace("'", "").replace("-", ""))
+
+
+_Row: TypeAlias = tuple[list[int], list[int], int]
+"""Token ids of source and target, and the number of the pair."""
 
 
 def epoch_batches(
@@ -228,14 +238,15 @@ def epoch_batches(
     rng = np.random.default_rng([config.seed, epoch])
     order = rng.permutation(len(corpus))
     for start in range(0, len(order), config.pool_pairs):
-        pool = [corpus[index] for index in order[start : start + config.pool_pairs]]
-        sources, targets = zip(*_augment(pool, config, rng), strict=True)
-        rows: list[tuple[list[int], list[int]]] = []
-        for source, target in zip(segment(sources, rng), _targets(targets, segment, model, rng), strict=True):
+        numbers = order[start : start + config.pool_pairs].tolist()
+        places, sources, targets = zip(*_augment([corpus[n] for n in numbers], config, rng), strict=True)
+        rows: list[_Row] = []
+        tokenized = zip(places, segment(sources, rng), _targets(targets, segment, model, rng), strict=True)
+        for place, source, target in tokenized:
             if len(source) + 1 > model.max_source_tokens or len(target) > model.max_target_tokens:
                 bad.add("longer than the model's limits", f"epoch {epoch}")
             else:
-                rows.append(([*source, model.eos_id], target))
+                rows.append(([*source, model.eos_id], target, numbers[place]))
         # Rows of equal length stay in random order: each epoch cuts other batches.
         ties = rng.permutation(len(rows))
         by_length = sorted(ties, key=lambda i: (len(rows[i][1]), len(rows[i][0])))
@@ -254,9 +265,9 @@ def _targets(
     return ([*ids, model.eos_id] for ids in segment(texts, rng))
 
 
-def _cut(rows: list[tuple[list[int], list[int]]], budget: int) -> Iterator[list[tuple[list[int], list[int]]]]:
+def _cut(rows: list[_Row], budget: int) -> Iterator[list[_Row]]:
     """Consecutive rows as long as neither side exceeds the budget in padded tokens; a row beyond it stands alone."""
-    group: list[tuple[list[int], list[int]]] = []
+    group: list[_Row] = []
     longest = 0
     for row in rows:
         longest_with = max(longest, len(row[0]), len(row[1]))
@@ -269,14 +280,15 @@ def _cut(rows: list[tuple[list[int], list[int]]], budget: int) -> Iterator[list[
         yield group
 
 
-def _batch(rows: list[tuple[list[int], list[int]]], model: TransformerConfig) -> Batch:
-    sources, targets = [source for source, _ in rows], [target for _, target in rows]
+def _batch(rows: list[_Row], model: TransformerConfig) -> Batch:
+    sources, targets, numbers = (list(column) for column in zip(*rows, strict=True))
     return Batch(
         source_ids=pad_rows(sources, model.pad_id),
         source_lengths=torch.tensor([len(source) for source in sources]),
         target_inputs=pad_rows([[model.bos_id, *target[:-1]] for target in targets], model.pad_id),
         target_outputs=pad_rows(targets, model.pad_id),
         target_tokens=sum(len(target) for target in targets),
+        pairs=numbers,
     )
 
 

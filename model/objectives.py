@@ -7,7 +7,7 @@ rows without padding, D = d_model, V the vocabulary.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import ConfigurationError
-from model.cross_entropy import Distillation, projected_cross_entropy
+from model.cross_entropy import projected_cross_entropy
 from model.data import Batch
 from model.recipe import TrainingConfig
+from model.teachers import Teaching
 from model.transformer import Transformer, mean_over_tokens
 
 Loss: TypeAlias = Callable[[Transformer, Batch, TrainingConfig], Tensor]
@@ -28,19 +29,17 @@ Loss: TypeAlias = Callable[[Transformer, Batch, TrainingConfig], Tensor]
 class Objective(nn.Module):
     """The model with what it is trained for: what a process computes for each batch."""
 
-    def __init__(self, model: Transformer, config: TrainingConfig, teachers: Sequence[Transformer] = ()) -> None:
-        """`teachers` have the model's vocabulary; their weights stay as they are. Raises ConfigurationError."""
+    def __init__(self, model: Transformer, config: TrainingConfig, teaching: Teaching | None = None) -> None:
+        """`teaching`: what is said by teachers with the model's vocabulary. Raises ConfigurationError."""
         super().__init__()
-        if (config.distillation_weight > 0) != bool(teachers):
+        if (config.distillation_weight > 0) != (teaching is not None):
             raise ConfigurationError("distillation_weight must be above 0 with a teacher (--teacher), and 0 without")
         self.model = model
         self.config = config
         self.loss = _LOSSES.get(config.loss) or _imported(config.loss)
-        if teachers:
+        if teaching:
             # Bound to the function, and no part of this module: their weights are neither trained nor synchronised.
-            self.loss = partial(
-                translation_loss, teachers=[teacher.requires_grad_(False).eval() for teacher in teachers]
-            )
+            self.loss = partial(translation_loss, teaching=teaching)
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss summed over the batch's target tokens, ()."""
@@ -48,7 +47,7 @@ class Objective(nn.Module):
 
 
 def translation_loss(
-    model: Transformer, batch: Batch, config: TrainingConfig, teachers: Sequence[Transformer] = ()
+    model: Transformer, batch: Batch, config: TrainingConfig, teaching: Teaching | None = None
 ) -> Tensor:
     """Cross-entropy with label smoothing; by the recipe's weights also what teachers say, and what makes the vectors
     of translations alike.
@@ -60,24 +59,13 @@ def translation_loss(
     valid = batch.target_outputs != model.config.pad_id  # (B, T)
     targets = batch.target_outputs[valid]  # (N,)
     states = states.view(passes, *valid.shape, -1)[:, valid]  # (P, N, D)
-    distillation = _told(teachers, batch, valid, config) if teachers else None
+    distillation = teaching(batch, valid) if teaching else None
     loss = projected_cross_entropy(
         states, model.output_projection.weight, targets, config.label_smoothing, config.r_drop, distillation
     )
     if config.contrastive_weight:
         loss = loss + config.contrastive_weight * _of_translations(model, batch, config, memory[: len(valid)])
     return loss
-
-
-@torch.no_grad()
-def _told(teachers: Sequence[Transformer], batch: Batch, valid: Tensor, config: TrainingConfig) -> Distillation:
-    """What teachers say of the batch's target tokens; valid (B, T)."""
-    told = []
-    for teacher in teachers:
-        memory = teacher.encode(batch.source_ids, batch.source_lengths)  # (B, S, D')
-        states = teacher.decoder_states(batch.target_inputs, memory, batch.source_lengths)[valid]  # (N, D')
-        told.append((states, teacher.output_projection.weight))
-    return Distillation(told, config.distillation_weight, config.distillation_temperature)
 
 
 def contrastive_loss(model: Transformer, batch: Batch, config: TrainingConfig) -> Tensor:

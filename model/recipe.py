@@ -44,6 +44,9 @@ class TrainingConfig:
     distillation_weight: float = 0.0
     """Share of a teacher's distribution (Hinton et al., 2015) in the loss of translation, the rest being the data's."""
     distillation_temperature: float = 1.0
+    distillation_top: int = 0
+    """Teachers read the corpus once, before the first step, and so many of each distribution's tokens are kept; what
+    they leave over is even among the others. 0: they read each batch, and all tokens count."""
     r_drop: float = 0.0
     """Weight alpha of the divergence between two passes of each batch, which differ by their dropout (Liang et al.,
     2021). Each step costs two; the paper's weight for translation is 5."""
@@ -76,7 +79,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "max_steps", "validate_every", "average_checkpoints", "pool_pairs"):
             check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("warmup_steps", "cooldown_steps", "max_epochs", "patience"):
+        for name in ("warmup_steps", "cooldown_steps", "max_epochs", "patience", "distillation_top"):
             check(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         for name in (
             "lowercase_share", "unpunctuated_share", "join_share", "label_smoothing", "ema_decay", "bpe_dropout"
@@ -91,6 +94,17 @@ class TrainingConfig:
             self.loss,
         )
         check(0.0 <= self.distillation_weight <= 1.0, "distillation_weight", "from 0 to 1", self.distillation_weight)
+        if self.distillation_top:
+            check(
+                self.distillation_weight > 0, "distillation_top", "0 without distillation_weight", self.distillation_top
+            )
+            for name in ("bpe_dropout", "join_share", "lowercase_share", "unpunctuated_share"):
+                check(
+                    getattr(self, name) == 0,
+                    name,
+                    "0 with distillation_top: what is kept of a text is only of use where it comes again as it is",
+                    getattr(self, name),
+                )
         for name in ("contrastive_weight", "r_drop"):
             check(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
         for name in ("contrastive_weight", "distillation_weight", "r_drop"):
@@ -132,6 +146,12 @@ class Recipe:
                 f"at most max_source_tokens ({model.max_source_tokens}) where a loss compares vectors of both sides",
                 model.max_target_tokens,
             )
+        check(
+            training.distillation_top < model.vocab_size,
+            "distillation_top",
+            f"below vocab_size ({model.vocab_size})",
+            training.distillation_top,
+        )
         check(
             training.r_drop == 0 or model.dropout > 0,
             "r_drop",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, linear
 
-from model.cross_entropy import Distillation, projected_cross_entropy
+from model.cross_entropy import Distillation, SaidInFull, SaidOfMost, projected_cross_entropy
 
 
 def states_weight_targets(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -77,7 +77,7 @@ def said(logits: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def distilled(ours: list[float], told: list[list[float]]) -> float:
     states, weight = said(ours)
-    distillation = Distillation([said(each) for each in told], weight=1.0, temperature=1.0)
+    distillation = Distillation(SaidInFull([said(each) for each in told], 1.0), weight=1.0, temperature=1.0)
     return float(projected_cross_entropy(states[None], weight, torch.tensor([0]), 0.0, distillation=distillation))
 
 
@@ -108,6 +108,36 @@ def test_distillation_takes_its_share_of_loss_and_gradients(passes: int, r_drop:
     divergence = 16 * kl_div(ours, theirs.expand_as(ours), reduction="sum") / passes
     expected = 0.3 * projected_cross_entropy(states, weight, targets, 0.1, r_drop) + 0.7 * divergence
     gradients = torch.autograd.grad(expected, (states, weight))
-    loss = projected_cross_entropy(states, weight, targets, 0.1, r_drop, Distillation(told, 0.7, 4.0))
+    loss = projected_cross_entropy(states, weight, targets, 0.1, r_drop, Distillation(SaidInFull(told, 4.0), 0.7, 4.0))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, (states, weight)), gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_likeliest_tokens_leave_over_is_even_among_the_others() -> None:
+    """One token of four has 0.7, so the others have 0.1 each: 0.7 ln(2.8) + 0.3 ln(0.4) for an even student."""
+    said = SaidOfMost(torch.tensor([[2]]), torch.tensor([[0.7]]), 4)
+    loss = projected_cross_entropy(
+        torch.ones(1, 1, 1), torch.zeros(4, 1), torch.tensor([0]), 0.0, distillation=Distillation(said, 1.0, 1.0)
+    )
+    assert float(loss) == pytest.approx(0.7 * math.log(2.8) + 0.3 * math.log(0.4))
+
+
+@pytest.mark.parametrize(("passes", "r_drop", "temperature"), [(1, 0.0, 1.0), (1, 0.0, 2.0), (2, 3.0, 1.0)])
+def test_distillation_from_the_likeliest_tokens_is_that_from_their_distribution(
+    passes: int, r_drop: float, temperature: float
+) -> None:
+    """By autograd from Hinton's formula; rounding may leave over less than nothing."""
+    torch.manual_seed(0)
+    states, weight = torch.randn(passes, 300, 12, requires_grad=True), torch.randn(40, 12, requires_grad=True)
+    targets = torch.randint(0, 40, (300,))
+    most, tokens = torch.randn(300, 40).mul(4).softmax(-1).topk(5)
+    most[0] *= 1.000001 / most[0].sum()
+    theirs = ((1 - most.sum(-1, keepdim=True)).clamp_min(0) / 35).repeat(1, 40).scatter(1, tokens, most)
+    ours = linear(states, weight).div(temperature).log_softmax(-1)
+    divergence = temperature**2 * kl_div(ours, theirs.expand_as(ours), reduction="sum") / passes
+    expected = 0.3 * projected_cross_entropy(states, weight, targets, 0.1, r_drop) + 0.7 * divergence
+    gradients = torch.autograd.grad(expected, (states, weight))
+    distillation = Distillation(SaidOfMost(tokens, most, 40), 0.7, temperature)
+    loss = projected_cross_entropy(states, weight, targets, 0.1, r_drop, distillation)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, (states, weight)), gradients, rtol=1e-4, atol=1e-4)

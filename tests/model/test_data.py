@@ -164,13 +164,14 @@ def test_augmentation_joins_about_its_share_and_loses_no_pair() -> None:
     config = TrainingConfig(join_share=0.3, join_most=8)
     pairs = [(f"s{i}.", f"t{i}.") for i in range(20000)]
     out = list(_augment(pairs, config, np.random.default_rng(0)))
-    assert " ".join(s for s, _ in out).split() == [s for s, _ in pairs]
-    assert " ".join(t for _, t in out).split() == [t for _, t in pairs]
-    joined = sum(len(s.split()) for s, _ in out if " " in s)
+    assert " ".join(s for _, s, _ in out).split() == [s for s, _ in pairs]
+    assert " ".join(t for _, _, t in out).split() == [t for _, t in pairs]
+    assert all(pairs[place][0] == s.split()[0] for place, s, _ in out)
+    joined = sum(len(s.split()) for _, s, _ in out if " " in s)
     assert joined / len(pairs) == pytest.approx(0.3, abs=0.03)
-    assert max(len(s.split()) for s, _ in out) == 8
+    assert max(len(s.split()) for _, s, _ in out) == 8
     config = TrainingConfig(lowercase_share=0.2, unpunctuated_share=0.1)
     out = list(_augment([("Yes.", "Ja.")] * 10000, config, np.random.default_rng(0)))
-    assert sum(s[0] == "y" for s, _ in out) / 10000 == pytest.approx(0.2, abs=0.02)
-    assert sum(not s.endswith(".") for s, _ in out) / 10000 == pytest.approx(0.1, abs=0.02)
-    assert all(t == "Ja." for _, t in out)
+    assert sum(s[0] == "y" for _, s, _ in out) / 10000 == pytest.approx(0.2, abs=0.02)
+    assert sum(not s.endswith(".") for _, s, _ in out) / 10000 == pytest.approx(0.1, abs=0.02)
+    assert all(t == "Ja." for _, _, t in out)

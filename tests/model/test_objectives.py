@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from model.objectives import (
     translation_loss,
 )
 from model.recipe import Recipe, TrainingConfig
+from model.teachers import KeptTeaching, Teachers
 from model.transformer import Transformer
 from service.cli import main
 from tests import tiny
@@ -42,6 +45,7 @@ def batch(sources: Sequence[list[int]], targets: Sequence[list[int]]) -> Batch:
         target_inputs=pad_rows([[1, *target[:-1]] for target in targets], 0),
         target_outputs=pad_rows(list(targets), 0),
         target_tokens=sum(map(len, targets)),
+        pairs=list(range(len(sources))),
     )
 
 
@@ -118,24 +122,39 @@ def test_distillation_reads_the_teacher_at_the_students_own_places() -> None:
         length = int((PAIRS.target_outputs[row] != 0).sum())
         ours, theirs = ((each(*rows)[0, :length] / 2).log_softmax(-1) for each in (net, teacher))
         expected = expected + 4 * kl_div(ours, theirs, reduction="sum", log_target=True)
-    torch.testing.assert_close(translation_loss(net, PAIRS, config, [teacher]), expected)
+    torch.testing.assert_close(translation_loss(net, PAIRS, config, Teachers([teacher], config)), expected)
 
 
 def test_a_student_of_its_own_weights_has_nothing_to_learn_from_its_teacher() -> None:
     """The divergence is zero, so what is left is the data's share; the teacher is not trained."""
     net = model()
     config = TrainingConfig(distillation_weight=0.75)
-    objective = Objective(net, config, [model()])
+    objective = Objective(net, config, Teachers([model()], config))
     plain = translation_loss(net, PAIRS, TrainingConfig())
     torch.testing.assert_close(objective(PAIRS), 0.25 * plain)
     assert {id(p) for p in objective.parameters()} == {id(p) for p in net.parameters()}
+
+
+def test_what_teachers_said_of_a_corpus_is_what_they_say_of_each_batch(tmp_path: Path) -> None:
+    """With all tokens but one kept, in batches of other rows in another order; teachers are asked no more."""
+    config = TrainingConfig(distillation_weight=0.5, distillation_temperature=2.0, distillation_top=49)
+    net, teachers = model().eval(), Teachers([model(d_model=32), model(d_model=8)], config)
+    rows = [
+        (PAIRS.source_ids[n, : PAIRS.source_lengths[n]].tolist(), [i for i in PAIRS.target_outputs[n].tolist() if i])
+        for n in range(3)
+    ]
+    alone = [replace(batch([rows[n][0]], [rows[n][1]]), pairs=[n]) for n in (2, 0, 1)]
+    kept = KeptTeaching(tmp_path / "teachers.bin", teachers, alone, 5, config)
+    expected = translation_loss(net, PAIRS, config, teachers)
+    torch.testing.assert_close(translation_loss(net, PAIRS, config, kept), expected)
+    torch.testing.assert_close(translation_loss(net, PAIRS, replace(config, r_drop=1.0), kept), expected)
 
 
 def test_a_teacher_and_its_weight_go_together() -> None:
     with pytest.raises(ConfigurationError, match="distillation_weight"):
         Objective(model(), TrainingConfig(distillation_weight=0.5))
     with pytest.raises(ConfigurationError, match="distillation_weight"):
-        Objective(model(), TrainingConfig(), [model()])
+        Objective(model(), TrainingConfig(), Teachers([model()], TrainingConfig()))
 
 
 def test_classification_is_the_cross_entropy_of_means_over_tokens() -> None:
@@ -170,6 +189,11 @@ def test_an_encoder_alone_has_no_weights_of_a_decoder() -> None:
         ({"training": {"contrastive_weight": -1.0}}, "contrastive_weight"),
         ({"training": {"contrastive_temperature": 0.0}}, "contrastive_temperature"),
         ({"training": {"distillation_weight": 1.5}}, "distillation_weight"),
+        ({"training": {"distillation_top": 8}}, "distillation_top"),
+        ({"training": {"distillation_weight": 0.5, "distillation_top": -1}}, "distillation_top"),
+        ({"training": {"distillation_weight": 0.5, "distillation_top": 8, "bpe_dropout": 0.1}}, "bpe_dropout"),
+        ({"training": {"distillation_weight": 0.5, "distillation_top": 8, "lowercase_share": 0.1}}, "lowercase_share"),
+        ({"training": {"distillation_weight": 0.5, "distillation_top": 90}, "model": {"vocab_size": 90}}, "vocab_size"),
         ({"training": {"loss": "classification", "contrastive_weight": 1.0}}, "contrastive_weight"),
         ({"training": {"loss": "classification", "join_share": 0.5}, "model": {"decoder_layers": 0}}, "join_share"),
         ({"training": {"loss": "classification"}}, "decoder_layers"),
@@ -265,6 +289,27 @@ def test_a_run_begins_with_another_models_weights_and_learns_from_a_teacher(tmp_
     assert 0 < float((end.weights[name] - start.weights[name]).abs().max()) < 0.01
     third = Checkpoint.load(train(tmp_path, "third", labelled(), "--init", str(first), loss="classification", steps=1))
     assert float((third.weights[name] - start.weights[name]).abs().max()) < 0.01
+
+
+def test_a_run_that_keeps_what_teachers_say_continues_with_the_same_losses(tmp_path: Path) -> None:
+    """Stopped at step 4 and continued. With all tokens but one kept, losses are nearly those of teachers that read
+    along; with three they are others.
+    """
+
+    def losses(run: str, top: int, *options: str) -> list[float]:
+        values = {"decoder_layers": 1, "distillation_weight": 0.5, "distillation_top": top}
+        train(tmp_path, run, translations(), "--teacher", str(first), *options, **values)
+        lines = map(json.loads, (tmp_path / run / "log.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if line["kind"] == "step"]
+
+    first = train(tmp_path, "first", translations(), decoder_layers=1, steps=20)
+    whole = losses("whole", 3, "--set", "training.max_steps=8", "--set", "training.validate_every=4")
+    losses("parts", 3, "--set", "training.max_steps=4", "--set", "training.validate_every=4")
+    parts = losses("parts", 3, "--resume", "--set", "training.max_steps=8", "--set", "training.validate_every=4")
+    assert parts == whole
+    along, most = (losses(f"top{top}", top, "--set", "training.max_steps=8") for top in (0, 289))
+    assert most == pytest.approx(along, rel=1e-5)
+    assert whole != pytest.approx(along, rel=1e-3)
 
 
 def test_a_loss_of_ones_own_is_imported_and_minimised(
