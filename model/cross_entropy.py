@@ -16,10 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_BLOCK, _BLOCK_ON_GPU = 128, 8192
-"""Rows of all passes at a time: with 6,000 tokens 3 MB of float32. Two passes of 256 rows took three times as long. A
-GPU wants few calls: there memory alone bounds a block, with 8,000 tokens 260 MB for each tensor of logits.
-"""
+
+def block_rows(device: torch.device) -> int:
+    """Rows of all passes at a time: with 6,000 tokens 3 MB of float32. Two passes of 256 rows took three times as
+    long. A GPU wants few calls: there memory alone bounds a block, with 8,000 tokens 260 MB for each tensor of logits.
+    """
+    return 128 if device.type == "cpu" else 8192
 
 
 class Said(Protocol):
@@ -123,7 +125,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         states_gradient, weight_gradient = torch.empty_like(states), torch.zeros_like(weight)
         projection = weight.to(dtype)  # (V, D)
         loss = torch.zeros((), device=states.device)
-        rows = (_BLOCK if states.device.type == "cpu" else _BLOCK_ON_GPU) // passes
+        rows = block_rows(states.device) // passes
         for start in range(0, len(targets), rows):
             block = states[:, start : start + rows].to(dtype)  # (P, n, D)
             places = targets[start : start + rows, None].expand(passes, -1, 1)  # (P, n, 1)

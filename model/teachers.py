@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.cross_entropy import Distillation, SaidInFull, SaidOfMost
+from model.cross_entropy import Distillation, SaidInFull, SaidOfMost, block_rows
 from model.data import Batch
 from model.recipe import TrainingConfig
 from model.transformer import Transformer
@@ -50,8 +50,6 @@ class KeptTeaching:
     """
 
     _ENTRY = np.dtype([("token", "<i4"), ("probability", "<f4")])
-    _ROWS = 1024
-    """Distributions at a time: with 10,000 tokens 40 MB."""
 
     def __init__(
         self, path: Path, teachers: Teachers, batches: Iterable[Batch], pairs: int, config: TrainingConfig
@@ -67,8 +65,9 @@ class KeptTeaching:
                 self._first[batch.pairs] = count + lengths.cumsum() - lengths
                 count += int(lengths.sum())
                 said = teachers(batch, valid).said
-                for start in range(0, batch.target_tokens, self._ROWS):
-                    probabilities, _ = said.block(slice(start, start + self._ROWS))
+                rows = block_rows(valid.device)
+                for start in range(0, batch.target_tokens, rows):
+                    probabilities, _ = said.block(slice(start, start + rows))
                     most = probabilities.topk(config.distillation_top)
                     entries = np.empty(most.indices.shape, dtype=self._ENTRY)  # (n, k)
                     entries["token"], entries["probability"] = most.indices.cpu(), most.values.cpu()
