@@ -12,6 +12,10 @@ from service.trail import Trail
 PIECE_BYTES = 64 * 1024
 """An answer up to this is left to its connection; what is larger is large."""
 
+PATIENCE_SECONDS = 60.0
+SLOWEST_BYTES_PER_SECOND = 128 * 1024
+"""A client has this long, and a second for so many bytes, to take a large answer: others may wait for its room."""
+
 NUMBER_BYTES = 17
 """A float32 and how JSON spells it, with a comma."""
 
@@ -54,6 +58,11 @@ class LargeAnswers:
         """This request's answer counts with so many bytes from now on: what it has, or none when it is over."""
         self.held += count - trail.answer_bytes
         trail.answer_bytes = count
+
+
+def seconds_for(count: int) -> float:
+    """How long a client may take for a large answer of so many bytes."""
+    return PATIENCE_SECONDS + count / SLOWEST_BYTES_PER_SECOND
 
 
 def in_pieces(body: bytes | memoryview) -> Iterator[bytes]:

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.body import Bodies
 from service.door import Refusals, body_may_be_long
 from service.errors import QueueFull, TransduceError, Unauthorized
-from service.large_answers import PIECE_BYTES, LargeAnswers, in_pieces
+from service.large_answers import PIECE_BYTES, LargeAnswers, in_pieces, seconds_for
 from service.logs import Words
 from service.metrics import Metrics
 from service.problem import problem_response
@@ -96,17 +96,25 @@ class Envelope:
             elif method == "HEAD":
                 message = dict(message, body=b"")
             elif len(body := message.get("body", b"")) > PIECE_BYTES:
-                await send_large(body, more=message.get("more_body", False))
+                if message.get("more_body", False):
+                    await send_pieces(body)
+                else:
+                    await send_whole(body)
                 return
             await send(message)
 
-        async def send_large(body: bytes | memoryview, *, more: bool) -> None:
-            if not more:
-                self._answers.hold(trail, len(body))
+        async def send_pieces(body: bytes | memoryview) -> None:
             for piece in in_pieces(body):
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
-            if not more:
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        async def send_whole(body: bytes | memoryview) -> None:
+            self._answers.hold(trail, len(body))
+            try:
+                async with asyncio.timeout(seconds_for(len(body))):
+                    await send_pieces(body)
+            except TimeoutError:
+                scope["state"]["connection"].cut_off(f"a client took {len(body):,} bytes too slowly")
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         try:
             await self.app(scope, receive, send_with_id)

@@ -245,15 +245,19 @@ class Protocol(HttpToolsProtocol):
 
     def _start_stall_timer(self) -> None:
         if self._stall_timer is None:
-            self._stall_timer = self.loop.call_later(STALLED_SECONDS, self._cut_off)
+            reason = f"a client took next to nothing for {STALLED_SECONDS:g} s"
+            self._stall_timer = self.loop.call_later(STALLED_SECONDS, self.cut_off, reason)
 
     def _stop_stall_timer(self) -> None:
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
 
-    def _cut_off(self) -> None:
-        logger.info("a client took next to nothing for %g s: its connection is cut", STALLED_SECONDS)
+    def cut_off(self, reason: str) -> None:
+        """End the connection of a client that takes its answers too slowly, with all that waits for it."""
+        if self._cut:
+            return
+        logger.info("%s: its connection is cut", reason)
         self._all.trouble("stalled_reader")
         self._cut = True
         self.transport.abort()

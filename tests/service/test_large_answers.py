@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import time
 from typing import Any
 
 import httpx2 as httpx
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from service import answer, protocol
+from service import answer, large_answers, protocol
 from service.app import create_app
 from service.large_answers import BASE64_NUMBER_BYTES, NUMBER_BYTES, PIECE_BYTES, in_pieces
 from service.vectors import as_base64
@@ -80,6 +82,35 @@ def test_who_takes_next_to_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -
         assert eventually(lambda: connection.recv(1) and troubles(server, "stalled_reader") == 1)
         assert eventually(lambda: room_for_another(server))
         assert troubles(server, "client_left") == 0
+
+
+def test_who_takes_a_large_answer_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steadily, so that it never stalls, but others wait for the room that it holds."""
+    monkeypatch.setattr(large_answers, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(large_answers, "SLOWEST_BYTES_PER_SECOND", 1e9)
+    give_small_buffers(monkeypatch)
+    with (
+        running(FakeEngine(), max_answers_bytes=500_000) as server,
+        connected_with_small_buffers(server) as connection,
+    ):
+        connection.sendall(asking_for_vectors(100))
+
+        def take_some() -> bool:
+            time.sleep(0.05)
+            with contextlib.suppress(ConnectionError):
+                return len(connection.recv(4000)) == 0 or troubles(server, "stalled_reader") == 1
+            return True
+
+        assert eventually(take_some)
+        assert troubles(server, "stalled_reader") == 1
+        assert eventually(lambda: room_for_another(server))
+        assert troubles(server, "client_left") == 0
+
+
+def test_a_large_answer_may_be_taken_at_a_bounded_pace() -> None:
+    """A minute, and a second for each 128 KiB."""
+    assert large_answers.seconds_for(0) == 60
+    assert large_answers.seconds_for(128 * 1024 * 600) == 660
 
 
 @pytest.mark.parametrize(
