@@ -14,7 +14,7 @@ PIECE_BYTES = 64 * 1024
 
 PATIENCE_SECONDS = 60.0
 SLOWEST_BYTES_PER_SECOND = 128 * 1024
-"""A client has this long, and a second for so many bytes, to take a large answer: others may wait for its room."""
+"""A client may be waited for so long, and a second for so many bytes, with a large answer: others want its room."""
 
 NUMBER_BYTES = 17
 """A float32 and how JSON spells it, with a comma."""
@@ -61,7 +61,7 @@ class LargeAnswers:
 
 
 def seconds_for(count: int) -> float:
-    """How long a client may take for a large answer of so many bytes."""
+    """How long a client may be waited for with a large answer of so many bytes."""
     return PATIENCE_SECONDS + count / SLOWEST_BYTES_PER_SECOND
 
 

@@ -80,6 +80,7 @@ class Envelope:
         trail = Trail(request_id)
         scope["state"] = dict(scope.get("state") or {}, trail=trail)
         status = CLIENT_CLOSED
+        waited = 0.0  # seconds, for the client of a large answer
         traced = self._tracing is not None and scope["path"].startswith(_MODEL_ROUTES)
         span = self._tracing.begin(method, scope["headers"]) if self._tracing is not None and traced else None
 
@@ -96,25 +97,27 @@ class Envelope:
             elif method == "HEAD":
                 message = dict(message, body=b"")
             elif len(body := message.get("body", b"")) > PIECE_BYTES:
-                if message.get("more_body", False):
-                    await send_pieces(body)
-                else:
-                    await send_whole(body)
+                if not (more := message.get("more_body", False)):
+                    self._answers.hold(trail, len(body))
+                for piece in in_pieces(body):
+                    await send_in_time({"type": "http.response.body", "body": piece, "more_body": True})
+                message = dict(message, body=b"")
+                if more:
+                    return
+            await send_in_time(message)
+
+        async def send_in_time(message: Message) -> None:
+            nonlocal waited
+            if not trail.answer_bytes:
+                await send(message)
                 return
-            await send(message)
-
-        async def send_pieces(body: bytes | memoryview) -> None:
-            for piece in in_pieces(body):
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-
-        async def send_whole(body: bytes | memoryview) -> None:
-            self._answers.hold(trail, len(body))
+            began = time.monotonic()
             try:
-                async with asyncio.timeout(seconds_for(len(body))):
-                    await send_pieces(body)
+                async with asyncio.timeout(seconds_for(trail.answer_bytes) - waited):
+                    await send(message)
             except TimeoutError:
-                scope["state"]["connection"].cut_off(f"a client took {len(body):,} bytes too slowly")
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+                scope["state"]["connection"].cut_off("a client took a large answer too slowly")
+            waited += time.monotonic() - began
 
         try:
             await self.app(scope, receive, send_with_id)

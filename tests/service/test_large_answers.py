@@ -24,6 +24,7 @@ from tests.service.sockets import (
     eventually,
     exchange,
     give_small_buffers,
+    post,
     troubles,
 )
 
@@ -84,8 +85,12 @@ def test_who_takes_next_to_nothing_is_cut_off(monkeypatch: pytest.MonkeyPatch) -
         assert troubles(server, "client_left") == 0
 
 
-def test_who_takes_a_large_answer_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steadily, so that it never stalls, but others wait for the room that it holds."""
+STREAM = {"inputs": [TEXT] * 40, "stream": True, "parameters": {"return_tokens": True}}
+
+
+@pytest.mark.parametrize("asked", [asking_for_vectors(100), post(json.dumps(STREAM).encode())])
+def test_who_takes_a_large_answer_too_slowly_is_cut_off(monkeypatch: pytest.MonkeyPatch, asked: bytes) -> None:
+    """Steadily, so that it never stalls, but others wait for the room that it holds; be it whole or a stream."""
     monkeypatch.setattr(large_answers, "PATIENCE_SECONDS", 0.5)
     monkeypatch.setattr(large_answers, "SLOWEST_BYTES_PER_SECOND", 1e9)
     give_small_buffers(monkeypatch)
@@ -93,12 +98,12 @@ def test_who_takes_a_large_answer_too_slowly_is_cut_off(monkeypatch: pytest.Monk
         running(FakeEngine(), max_answers_bytes=500_000) as server,
         connected_with_small_buffers(server) as connection,
     ):
-        connection.sendall(asking_for_vectors(100))
+        connection.sendall(asked)
 
         def take_some() -> bool:
             time.sleep(0.05)
             with contextlib.suppress(ConnectionError):
-                return len(connection.recv(4000)) == 0 or troubles(server, "stalled_reader") == 1
+                return len(connection.recv(1000)) == 0 or troubles(server, "stalled_reader") == 1
             return True
 
         assert eventually(take_some)
