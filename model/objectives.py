@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import partial
 from typing import TypeAlias
 
 import torch
@@ -37,12 +36,13 @@ class Objective(nn.Module):
         self.model = model
         self.config = config
         self.loss = _LOSSES.get(config.loss) or _imported(config.loss)
-        if teaching:
-            # Bound to the function, and no part of this module: their weights are neither trained nor synchronised.
-            self.loss = partial(translation_loss, teaching=teaching)
+        self.teaching = teaching
+        """No module of this one: teachers are neither trained nor synchronised."""
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss summed over the batch's target tokens, ()."""
+        if self.teaching:
+            return translation_loss(self.model, batch, self.config, self.teaching)
         return self.loss(self.model, batch, self.config)
 
 

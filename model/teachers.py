@@ -56,7 +56,7 @@ class KeptTeaching:
     ) -> None:
         """Have the teachers read the batches, which are all that training will see of a corpus of so many pairs."""
         self._config, self._vocab_size = config, teachers.vocab_size
-        self._first = np.full(pairs, -1, dtype=np.int64)  # (pairs,) where a pair's entries begin
+        self._first = np.zeros(pairs, dtype=np.int64)  # (pairs,) where a pair's entries begin
         count = 0
         with path.open("wb") as file:
             for batch in batches:

@@ -30,7 +30,7 @@ from model.evaluation import validate
 from model.objectives import Objective
 from model.optimizer import MovingAverage, build_optimizers, rate_factor, set_rate
 from model.recipe import Recipe
-from model.teachers import KeptTeaching, Teachers, Teaching
+from model.teachers import KeptTeaching, Teachers
 from model.tokenizer import segmenter
 from model.transformer import Transformer
 
@@ -82,9 +82,9 @@ class Trainer:
         self.mixed = recipe.training.precision == "bf16" and has_bf16(device)
         if recipe.training.precision == "bf16" and not self.mixed:
             logger.warning("training.precision: this %s has no instructions for bf16, so it is fp32", device.type)
-        teaching = self._teaching([teacher.to(device) for teacher in teachers]) if teachers else None
-        objective = Objective(self.model, recipe.training, teaching)
-        self.parallel: nn.Module = DistributedDataParallel(objective) if self.world > 1 else objective
+        self.teachers = Teachers([model.to(device) for model in teachers], recipe.training) if teachers else None
+        self.objective = Objective(self.model, recipe.training, self.teachers)
+        self.parallel: nn.Module = DistributedDataParallel(self.objective) if self.world > 1 else self.objective
         # The same weights everywhere, but each process drops other units.
         torch.manual_seed(recipe.training.seed + 1000 * self.rank)
         self.average = MovingAverage(self.model, recipe.training.ema_decay) if recipe.training.ema_decay else None
@@ -92,23 +92,21 @@ class Trainer:
         self.progress = Progress()
         self.bad_rows = BadRows()
 
-    def _teaching(self, models: Sequence[Transformer]) -> Teaching:
-        """What teachers say: of each batch, or of the whole corpus at once, which takes a while."""
+    def _keep_what_teachers_say(self, teachers: Teachers) -> None:
+        logger.info("teachers read the corpus")
         recipe = self.recipe
-        teachers = Teachers(models, recipe.training)
-        if recipe.training.distillation_top == 0:
-            return teachers
-        logger.info("%d teacher(s) read the corpus", len(models))
         # Always the first epoch's batches: a run that is continued has the very same numbers kept.
         batches = epoch_batches(self.corpus, self.segment, recipe.model, recipe.training, 0, BadRows())
         path = self.directory / ("teachers.bin" if self.rank == 0 else f"teachers.{self.rank}.bin")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
             on_device = (batch.to(self.device) for batch in batches)
-            return KeptTeaching(path, teachers, on_device, len(self.corpus), recipe.training)
+            self.objective.teaching = KeptTeaching(path, teachers, on_device, len(self.corpus), recipe.training)
 
     def run(self) -> Checkpoint:
         """Train to the end of the recipe (or to early stopping) and return the final checkpoint, also in model.pt."""
         config = self.recipe.training
+        if self.teachers and config.distillation_top:
+            self._keep_what_teachers_say(self.teachers)
         started, tokens_since, losses_since = time.perf_counter(), 0, []
         bar = tqdm(
             total=config.max_steps, initial=self.progress.step, unit="step", disable=None if self.rank == 0 else True

@@ -136,7 +136,7 @@ def test_a_student_of_its_own_weights_has_nothing_to_learn_from_its_teacher() ->
 
 
 def test_what_teachers_said_of_a_corpus_is_what_they_say_of_each_batch(tmp_path: Path) -> None:
-    """With all tokens but one kept, in batches of other rows in another order; teachers are asked no more."""
+    """With all tokens but one kept, in batches of other rows in another order."""
     config = TrainingConfig(distillation_weight=0.5, distillation_temperature=2.0, distillation_top=49)
     net, teachers = model().eval(), Teachers([model(d_model=32), model(d_model=8)], config)
     rows = [
