@@ -25,7 +25,10 @@ def block_rows(device: torch.device) -> int:
 
 
 class Said(Protocol):
-    """Distributions over the vocabulary that teachers give N rows, softened by the temperature."""
+    """Distributions over the vocabulary that teachers give N rows, softened."""
+
+    temperature: float
+    """Both distributions, theirs and ours, are softened by it, and the divergence is times its square."""
 
     def block(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Of these rows the probabilities p (n, V), float32, and the sum of all p log p, ()."""
@@ -37,12 +40,12 @@ class SaidInFull:
     def __init__(self, told: Sequence[tuple[Tensor, Tensor]], temperature: float) -> None:
         """`told`: of each teacher states (N, D') and the projection (V, D') that reads them."""
         self._told = [(states.to(dtype := _product_type(states)), projection.to(dtype)) for states, projection in told]
-        self._temperature = temperature
+        self.temperature = temperature
 
     def block(self, rows: slice) -> tuple[Tensor, Tensor]:
         """As in Said."""
         logits = [(states[rows] @ projection.T).float() for states, projection in self._told]  # each (n, V)
-        each = [of_one.div_(self._temperature).softmax(dim=-1) for of_one in logits]
+        each = [of_one.div_(self.temperature).softmax(dim=-1) for of_one in logits]
         mean = each[0] if len(each) == 1 else torch.stack(each).mean(dim=0)
         tiny = torch.finfo(mean.dtype).tiny  # where a probability is zero, the logarithm's value does not matter
         return mean, torch.linalg.vecdot(mean, mean.clamp_min(tiny).log_()).sum()
@@ -51,8 +54,9 @@ class SaidInFull:
 class SaidOfMost:
     """From the likeliest tokens of each row alone: what they leave over is even among all others."""
 
-    def __init__(self, tokens: Tensor, probabilities: Tensor, vocab_size: int) -> None:
-        """tokens (N, k) int64, probabilities (N, k) float32, of fewer tokens than the vocabulary has."""
+    def __init__(self, tokens: Tensor, probabilities: Tensor, vocab_size: int, temperature: float) -> None:
+        """tokens (N, k) int64, their softened probabilities (N, k) float32, of fewer tokens than the vocabulary has."""
+        self.temperature = temperature
         self._tokens, self._probabilities, self._vocab_size = tokens, probabilities, vocab_size
 
     def block(self, rows: slice) -> tuple[Tensor, Tensor]:
@@ -73,8 +77,6 @@ class Distillation:
     said: Said
     weight: float
     """Of the divergence from what they say, from 0 to 1; the rest is that of the cross-entropy."""
-    temperature: float
-    """Both distributions are softened by it, and the divergence is times its square."""
 
 
 def projected_cross_entropy(
@@ -166,7 +168,7 @@ def _from_teachers(logits: Tensor, scores: Tensor, distillation: Distillation, r
 
     logits (P, n, V) and their log_softmax -> (), (P, n, V).
     """
-    temperature = distillation.temperature
+    temperature = distillation.said.temperature
     theirs, entropy = distillation.said.block(rows)  # (n, V), ()
     ours = scores if temperature == 1 else logits.div(temperature).log_softmax(dim=-1)
     divergence = entropy * len(logits) - torch.linalg.vecdot(theirs.expand_as(ours), ours).sum()

@@ -39,8 +39,8 @@ class Teachers:
             memory = model.encode(batch.source_ids, batch.source_lengths)  # (B, S, D')
             states = model.decoder_states(batch.target_inputs, memory, batch.source_lengths)[valid]  # (N, D')
             told.append((states, model.output_projection.weight))
-        temperature = self._config.distillation_temperature
-        return Distillation(SaidInFull(told, temperature), self._config.distillation_weight, temperature)
+        said = SaidInFull(told, self._config.distillation_temperature)
+        return Distillation(said, self._config.distillation_weight)
 
 
 class KeptTeaching:
@@ -82,5 +82,5 @@ class KeptTeaching:
         entries = self._entries[places]  # (N, k)
         tokens = torch.from_numpy(entries["token"].astype(np.int64)).to(valid.device)
         probabilities = torch.from_numpy(entries["probability"].copy()).to(valid.device)
-        said = SaidOfMost(tokens, probabilities, self._vocab_size)
-        return Distillation(said, self._config.distillation_weight, self._config.distillation_temperature)
+        said = SaidOfMost(tokens, probabilities, self._vocab_size, self._config.distillation_temperature)
+        return Distillation(said, self._config.distillation_weight)

@@ -77,7 +77,7 @@ def said(logits: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def distilled(ours: list[float], told: list[list[float]]) -> float:
     states, weight = said(ours)
-    distillation = Distillation(SaidInFull([said(each) for each in told], 1.0), weight=1.0, temperature=1.0)
+    distillation = Distillation(SaidInFull([said(each) for each in told], 1.0), weight=1.0)
     return float(projected_cross_entropy(states[None], weight, torch.tensor([0]), 0.0, distillation=distillation))
 
 
@@ -108,16 +108,16 @@ def test_distillation_takes_its_share_of_loss_and_gradients(passes: int, r_drop:
     divergence = 16 * kl_div(ours, theirs.expand_as(ours), reduction="sum") / passes
     expected = 0.3 * projected_cross_entropy(states, weight, targets, 0.1, r_drop) + 0.7 * divergence
     gradients = torch.autograd.grad(expected, (states, weight))
-    loss = projected_cross_entropy(states, weight, targets, 0.1, r_drop, Distillation(SaidInFull(told, 4.0), 0.7, 4.0))
+    loss = projected_cross_entropy(states, weight, targets, 0.1, r_drop, Distillation(SaidInFull(told, 4.0), 0.7))
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, (states, weight)), gradients, rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_likeliest_tokens_leave_over_is_even_among_the_others() -> None:
     """One token of four has 0.7, so the others have 0.1 each: 0.7 ln(2.8) + 0.3 ln(0.4) for an even student."""
-    said = SaidOfMost(torch.tensor([[2]]), torch.tensor([[0.7]]), 4)
+    said = SaidOfMost(torch.tensor([[2]]), torch.tensor([[0.7]]), 4, 1.0)
     loss = projected_cross_entropy(
-        torch.ones(1, 1, 1), torch.zeros(4, 1), torch.tensor([0]), 0.0, distillation=Distillation(said, 1.0, 1.0)
+        torch.ones(1, 1, 1), torch.zeros(4, 1), torch.tensor([0]), 0.0, distillation=Distillation(said, 1.0)
     )
     assert float(loss) == pytest.approx(0.7 * math.log(2.8) + 0.3 * math.log(0.4))
 
@@ -137,7 +137,7 @@ def test_distillation_from_the_likeliest_tokens_is_that_from_their_distribution(
     divergence = temperature**2 * kl_div(ours, theirs.expand_as(ours), reduction="sum") / passes
     expected = 0.3 * projected_cross_entropy(states, weight, targets, 0.1, r_drop) + 0.7 * divergence
     gradients = torch.autograd.grad(expected, (states, weight))
-    distillation = Distillation(SaidOfMost(tokens, most, 40), 0.7, temperature)
+    distillation = Distillation(SaidOfMost(tokens, most, 40, temperature), 0.7)
     loss = projected_cross_entropy(states, weight, targets, 0.1, r_drop, distillation)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, (states, weight)), gradients, rtol=1e-4, atol=1e-4)
