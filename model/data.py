@@ -142,6 +142,12 @@ class Corpus:
         source, target = self._bytes[start:end].decode("utf-8").split("\t", 1)
         return source, target
 
+    def fingerprint(self) -> str:
+        """Differs between corpora of different pairs, or of the same in another order."""
+        digest = hashlib.blake2b(self._bytes, digest_size=16)
+        digest.update(np.ascontiguousarray(self._offsets))
+        return digest.hexdigest()
+
     def pairs(self) -> Iterator[tuple[str, str]]:
         """All of them, in order."""
         return (self[index] for index in range(len(self)))

@@ -6,6 +6,7 @@ without padding, k the tokens that are kept of each distribution, D' a teacher's
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeAlias
@@ -31,6 +32,16 @@ class Teachers:
         self._config = config
         self.vocab_size, self.pad_id = models[0].config.vocab_size, models[0].config.pad_id
 
+    def fingerprint(self) -> str:
+        """Differs between teachers that say different things."""
+        digest = hashlib.blake2b(digest_size=16)
+        for model in self._models:
+            digest.update(repr(model.config).encode())
+            for name, weight in model.state_dict().items():
+                digest.update(name.encode())
+                digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     @torch.no_grad()
     def __call__(self, batch: Batch, valid: Tensor) -> Distillation:
         """As Teaching."""
@@ -43,6 +54,10 @@ class Teachers:
         return Distillation(said, self._config.distillation_weight)
 
 
+def _index(path: Path) -> Path:
+    return path.with_suffix(".npz")
+
+
 class KeptTeaching:
     """Of each target token of a corpus the `distillation_top` likeliest tokens, from a file that is mapped into memory:
     teachers cost one pass over the corpus, however many they are and however often it is gone over. The likeliest few
@@ -51,28 +66,56 @@ class KeptTeaching:
 
     _ENTRY = np.dtype([("token", "<i4"), ("probability", "<f4")])
 
-    def __init__(
-        self, path: Path, teachers: Teachers, batches: Iterable[Batch], pairs: int, config: TrainingConfig
-    ) -> None:
-        """Have the teachers read the batches, which are all that training will see of a corpus of so many pairs."""
-        self._config, self._vocab_size = config, teachers.vocab_size
-        self._first = np.zeros(pairs, dtype=np.int64)  # (pairs,) where a pair's entries begin
+    def __init__(self, path: Path, vocab_size: int, config: TrainingConfig) -> None:
+        """Open what `write` wrote."""
+        self._config, self._vocab_size = config, vocab_size
+        with np.load(_index(path)) as index:
+            self._first = index["first"]  # (pairs,) where a pair's entries begin
+        self._entries = np.memmap(path, dtype=self._ENTRY, mode="r").reshape(-1, config.distillation_top)
+
+    @classmethod
+    def write(
+        cls,
+        path: Path,
+        teachers: Teachers,
+        batches: Iterable[Batch],
+        pairs: int,
+        config: TrainingConfig,
+        made_of: str = "",
+    ) -> KeptTeaching:
+        """Have the teachers read the batches, which are all that training will see of a corpus of so many pairs.
+        `made_of` is kept for `is_made_of`.
+        """
+        _index(path).unlink(missing_ok=True)
+        first = np.zeros(pairs, dtype=np.int64)
         count = 0
         with path.open("wb") as file:
             for batch in batches:
                 valid = batch.target_outputs != teachers.pad_id
                 lengths = valid.sum(dim=1).cpu().numpy()
-                self._first[batch.pairs] = count + lengths.cumsum() - lengths
+                first[batch.pairs] = count + lengths.cumsum() - lengths
                 count += int(lengths.sum())
                 said = teachers(batch, valid).said
                 rows = block_rows(valid.device)
                 for start in range(0, batch.target_tokens, rows):
                     probabilities, _ = said.block(slice(start, start + rows))
                     most = probabilities.topk(config.distillation_top)
-                    entries = np.empty(most.indices.shape, dtype=self._ENTRY)  # (n, k)
+                    entries = np.empty(most.indices.shape, dtype=cls._ENTRY)  # (n, k)
                     entries["token"], entries["probability"] = most.indices.cpu(), most.values.cpu()
                     file.write(entries.tobytes())
-        self._entries = np.memmap(path, dtype=self._ENTRY, mode="r").reshape(count, config.distillation_top)
+        # Last, and at once: where there is an index, what it leads to is whole.
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, first=first, made_of=made_of)
+        partial.replace(_index(path))
+        return cls(path, teachers.vocab_size, config)
+
+    @staticmethod
+    def is_made_of(path: Path, made_of: str) -> bool:
+        """Whether a whole file stands there that was written with this."""
+        if not (path.exists() and _index(path).exists()):
+            return False
+        with np.load(_index(path)) as index:
+            return str(index["made_of"]) == made_of
 
     def __call__(self, batch: Batch, valid: Tensor) -> Distillation:
         """As Teaching."""

@@ -6,6 +6,7 @@ averaged by PyTorch's DistributedDataParallel.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -93,14 +94,23 @@ class Trainer:
         self.bad_rows = BadRows()
 
     def _keep_what_teachers_say(self, teachers: Teachers) -> None:
-        logger.info("teachers read the corpus")
-        recipe = self.recipe
-        # Always the first epoch's batches: a run that is continued has the very same numbers kept.
-        batches = epoch_batches(self.corpus, self.segment, recipe.model, recipe.training, 0, BadRows())
+        recipe, config = self.recipe, self.recipe.training
         path = self.directory / ("teachers.bin" if self.rank == 0 else f"teachers.{self.rank}.bin")
+        made_of = (
+            teachers.fingerprint(), self.corpus.fingerprint(), self.tokenizer.to_str(), recipe.model, self.mixed,
+            config.seed, config.batch_tokens, config.pool_pairs, config.distillation_top,
+            config.distillation_temperature,
+        )  # fmt: skip
+        digest = hashlib.blake2b(repr(made_of).encode(), digest_size=16).hexdigest()
+        if KeptTeaching.is_made_of(path, digest):
+            self.objective.teaching = KeptTeaching(path, teachers.vocab_size, config)
+            return
+        logger.info("teachers read the corpus")
+        # Always the first epoch's batches: the same run has the very same numbers kept.
+        batches = epoch_batches(self.corpus, self.segment, recipe.model, config, 0, BadRows())
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
             on_device = (batch.to(self.device) for batch in batches)
-            self.objective.teaching = KeptTeaching(path, teachers, on_device, len(self.corpus), recipe.training)
+            self.objective.teaching = KeptTeaching.write(path, teachers, on_device, len(self.corpus), config, digest)
 
     def run(self) -> Checkpoint:
         """Train to the end of the recipe (or to early stopping) and return the final checkpoint, also in model.pt."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,10 +144,39 @@ def test_what_teachers_said_of_a_corpus_is_what_they_say_of_each_batch(tmp_path:
         for n in range(3)
     ]
     alone = [replace(batch([rows[n][0]], [rows[n][1]]), pairs=[n]) for n in (2, 0, 1)]
-    kept = KeptTeaching(tmp_path / "teachers.bin", teachers, alone, 5, config)
+    kept = KeptTeaching.write(tmp_path / "teachers.bin", teachers, alone, 5, config)
     expected = translation_loss(net, PAIRS, config, teachers)
     torch.testing.assert_close(translation_loss(net, PAIRS, config, kept), expected)
+    again = KeptTeaching(tmp_path / "teachers.bin", teachers.vocab_size, config)
+    torch.testing.assert_close(translation_loss(net, PAIRS, config, again), expected)
     torch.testing.assert_close(translation_loss(net, PAIRS, replace(config, r_drop=1.0), kept), expected)
+
+
+def test_what_teachers_said_stands_when_it_is_whole(tmp_path: Path) -> None:
+    """A second pass that breaks off leaves neither its own half nor the first one's numbers to be taken for whole."""
+    config = TrainingConfig(distillation_weight=0.5, distillation_top=3)
+    path, teachers = tmp_path / "teachers.bin", Teachers([model()], config)
+
+    def broken() -> Iterator[Batch]:
+        yield PAIRS
+        raise RuntimeError("stopped")
+
+    assert not KeptTeaching.is_made_of(path, "a")
+    KeptTeaching.write(path, teachers, [PAIRS], 3, config, "a")
+    assert KeptTeaching.is_made_of(path, "a")
+    assert not KeptTeaching.is_made_of(path, "b")
+    with pytest.raises(RuntimeError, match="stopped"):
+        KeptTeaching.write(path, teachers, broken(), 3, config, "a")
+    assert not KeptTeaching.is_made_of(path, "a")
+
+
+def test_other_weights_are_other_teachers() -> None:
+    config = TrainingConfig(distillation_weight=0.5)
+    first, second = model(), model()
+    assert Teachers([first], config).fingerprint() == Teachers([second], config).fingerprint()
+    second.state_dict()["encoder.0.self_attention.query.weight"][0, 0] += 1
+    found = [Teachers(models, config).fingerprint() for models in ([first], [second], [second, first])]
+    assert len(set(found)) == 3
 
 
 def test_a_teacher_and_its_weight_go_together() -> None:
@@ -292,8 +321,8 @@ def test_a_run_begins_with_another_models_weights_and_learns_from_a_teacher(tmp_
 
 
 def test_a_run_that_keeps_what_teachers_say_continues_with_the_same_losses(tmp_path: Path) -> None:
-    """Stopped at step 4 and continued. With all tokens but one kept, losses are nearly those of teachers that read
-    along; with three they are others.
+    """Stopped at step 4 and continued, for which teachers need not read again, but another teacher must. With all
+    tokens but one kept, losses are nearly those of teachers that read along; with three they are others.
     """
 
     def losses(run: str, top: int, *options: str) -> list[float]:
@@ -305,8 +334,12 @@ def test_a_run_that_keeps_what_teachers_say_continues_with_the_same_losses(tmp_p
     first = train(tmp_path, "first", translations(), decoder_layers=1, steps=20)
     whole = losses("whole", 3, "--set", "training.max_steps=8", "--set", "training.validate_every=4")
     losses("parts", 3, "--set", "training.max_steps=4", "--set", "training.validate_every=4")
+    read = (tmp_path / "parts" / "teachers.bin").stat().st_mtime_ns
     parts = losses("parts", 3, "--resume", "--set", "training.max_steps=8", "--set", "training.validate_every=4")
     assert parts == whole
+    assert read == (tmp_path / "parts" / "teachers.bin").stat().st_mtime_ns
+    losses("parts", 3, "--teacher", str(tmp_path / "whole" / "model.pt"), "--resume")
+    assert read < (tmp_path / "parts" / "teachers.bin").stat().st_mtime_ns
     along, most = (losses(f"top{top}", top, "--set", "training.max_steps=8") for top in (0, 289))
     assert most == pytest.approx(along, rel=1e-5)
     assert whole != pytest.approx(along, rel=1e-3)
