@@ -79,7 +79,9 @@ def register_evaluate(subparsers: Any) -> None:
         "--bleu-tokenize", choices=("13a", "intl", "char", "zh", "none"), default="13a",
         help="sacrebleu's tokenisation (default 13a); none for texts that are tokenised already",
     )  # fmt: skip
-    evaluate.add_argument("--output", type=Path, metavar="FILE", help="write the translations, a line each")
+    evaluate.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the translations, a line for each usable pair of --data"
+    )
     evaluate.add_argument("--num-beams", type=int, default=1, help="beam width; 1 is greedy (default)")
     evaluate.add_argument(
         "--length-penalty", type=float, default=1.0, help="exponent of the length that scores are divided by"
@@ -242,7 +244,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         bad = BadRows()
-        references = grouped_references(read_pairs(tuple(arguments.data), bad))
+        pairs = list(read_pairs(tuple(arguments.data), bad))
+        references = grouped_references(pairs)
         if bad.counts:
             print(f"left out: {bad}", file=sys.stderr)
         if arguments.limit:
@@ -293,7 +296,9 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         return 2
     evaluation = evaluate(translate, tokenizer, eos_id, max_source_tokens, references, arguments.bleu_tokenize)
     if arguments.output:
-        arguments.output.write_text("".join(f"{text}\n" for text in evaluation.translations), encoding="utf-8")
+        translations = dict(zip(references, evaluation.translations, strict=True))
+        lines = (translations[source] for source, _ in pairs if source in translations)
+        arguments.output.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
     for (source, refs), translation in list(zip(references.items(), evaluation.translations, strict=True))[
         : arguments.samples
     ]:

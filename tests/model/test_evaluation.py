@@ -39,6 +39,16 @@ def test_a_checkpoint_and_its_artifact_score_the_same(
         assert found[0][0] == found[1][0]
 
 
+def test_translations_are_written_a_line_for_each_pair(tiny_checkpoint_file: Path, tmp_path: Path) -> None:
+    """They stand beside the lines of the source file, also where a sentence comes again with another reference."""
+    (tmp_path / "en").write_text("the dog sees a house\nwhere is my train\nthe dog sees a house\n")
+    (tmp_path / "de").write_text("eins\nzwei\ndrei\n")
+    files = ["--data", str(tmp_path / "en"), str(tmp_path / "de"), "--output", str(tmp_path / "out")]
+    assert main(["evaluate", str(tiny_checkpoint_file), *files]) == 0
+    first, second, third = (tmp_path / "out").read_text().splitlines()
+    assert first == third != second
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
