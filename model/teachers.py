@@ -81,7 +81,7 @@ class KeptTeaching:
         batches: Iterable[Batch],
         pairs: int,
         config: TrainingConfig,
-        made_of: str = "",
+        made_of: str,
     ) -> KeptTeaching:
         """Have the teachers read the batches, which are all that training will see of a corpus of so many pairs.
         `made_of` is kept for `is_made_of`.
