@@ -295,13 +295,11 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         print(f"transduce evaluate: {_one_line(error)}", file=sys.stderr)
         return 2
     evaluation = evaluate(translate, tokenizer, eos_id, max_source_tokens, references, arguments.bleu_tokenize)
+    translations = dict(zip(references, evaluation.translations, strict=True))
     if arguments.output:
-        translations = dict(zip(references, evaluation.translations, strict=True))
         lines = (translations[source] for source, _ in pairs if source in translations)
         arguments.output.write_text("".join(f"{text}\n" for text in lines), encoding="utf-8")
-    for (source, refs), translation in list(zip(references.items(), evaluation.translations, strict=True))[
-        : arguments.samples
-    ]:
-        print(f"  source       {source}\n  translation  {translation}\n  reference    {' | '.join(refs)}\n")
+    for source, refs in list(references.items())[: arguments.samples]:
+        print(f"  source       {source}\n  translation  {translations[source]}\n  reference    {' | '.join(refs)}\n")
     print(f"beam {arguments.num_beams}  {evaluation}")
     return 0
