@@ -163,6 +163,11 @@ class Models:
         ]
         return all(ended)
 
+    @property
+    def ended(self) -> bool:
+        """Whether no engine has a thread any more."""
+        return all(model.engine.join(0) for model in [*self, *self._leaving])
+
     async def stop(self) -> None:
         """End at once."""
         self._over = True

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from typing import TYPE_CHECKING
 
 from service.settings import Settings, add_arguments, read_settings
@@ -49,10 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
     host, port = listener.getsockname()[:2]
     _announce(settings, app.state.keys, str(host), int(port))
     try:
-        return serve(app, models, listener)
+        status = serve(app, models, listener)
     finally:
         if provider is not None:
             provider.shutdown()  # sends what is left
+    if not models.ended:
+        # A load, or a call that hangs. The interpreter's own end would stop such a thread where it comes back from
+        # ONNX Runtime, and C++ answers that with abort().
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 def _announce(settings: Settings, keys: "Keys", host: str, port: int) -> None:

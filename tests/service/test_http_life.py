@@ -1,6 +1,7 @@
 """The life of the process: loading, serving, draining, leaving. The real server program around the fake engine."""
 
 import contextlib
+import re
 import signal
 import socket
 import subprocess
@@ -62,6 +63,17 @@ def until(url: str, path: str, status: int, seconds: float = 20.0) -> httpx.Resp
                 return response
         assert time.monotonic() < end, f"{path} never became {status}"
         time.sleep(0.02)
+
+
+def connected(port: int, seconds: float = 20.0) -> socket.socket:
+    """A connection, as soon as it is listened there."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
 
 def until_submitted(url: str, count: int) -> None:
@@ -164,6 +176,23 @@ def test_a_signal_while_loading_ends_at_once_and_well() -> None:
         until(program.url, "/readyz", 503)
         program.signal(signal.SIGTERM)
         assert program.status(10) == 0
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.2])
+def test_a_signal_while_a_real_model_is_loaded_ends_well_too(seconds: float) -> None:
+    """Threads inside of ONNX Runtime do not survive the interpreter: the process was aborted after it had said 0."""
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", "--provider", "cpu"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stderr is not None
+            port = next(int(found[1]) for line in program.stderr if (found := re.search(r"http://[\d.]+:(\d+)", line)))
+            connected(port).close()  # it listens, so it takes signals
+            time.sleep(seconds)
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(20) == 0
+            assert "stopped status=0" in program.stderr.read()
+        finally:
+            program.kill()
 
 
 def test_a_client_that_never_finishes_sending_does_not_keep_the_process() -> None:
