@@ -116,7 +116,7 @@ class _Life:
         self._models = models
         self._settings = models.settings
         self._stopping = asyncio.Event()
-        self._hurried = False
+        self._hurried = self._hangs = False
         self._status = 0
 
     async def run(self, listener: socket.socket) -> int:
@@ -134,7 +134,7 @@ class _Life:
         await serving
         for task in (starting, stopping):
             task.cancel()
-        if not loading:  # a load cannot be interrupted, and nobody waits for it: its thread ends with the process
+        if not (loading or self._hangs):  # neither can be interrupted: the thread ends with the process
             await self._models.stop()
         logger.info("stopped status=%d", self._status)
         return self._status
@@ -176,4 +176,4 @@ class _Life:
         # A little longer than the engines' own limit: they fail what is left, and the answers say so.
         if not await self._models.join(seconds + ENGINE_SECONDS):
             logger.warning("the engines did not end in time")
-            self._status = self._status or 1
+            self._hangs, self._status = True, self._status or 1

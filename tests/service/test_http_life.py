@@ -195,6 +195,31 @@ def test_a_signal_while_a_real_model_is_loaded_ends_well_too(seconds: float) -> 
             program.kill()
 
 
+WEDGED = """
+import sys, threading
+import service.server
+from service.cli import main
+from service.engine import Engine
+service.server.ENGINE_SECONDS = 0.1
+Engine.join = lambda self, timeout=None: threading.Event().wait(timeout)
+sys.exit(main(["serve", "--port", "0", "--provider", "cpu", "--drain-seconds", "0.1"]))
+"""
+"""Its worker never comes back from a call of the model."""
+
+
+def test_a_model_that_hangs_does_not_keep_the_process() -> None:
+    """It has its time and the drain's, then the process ends, and its status says that not all went well."""
+    with subprocess.Popen([sys.executable, "-c", WEDGED], stderr=subprocess.PIPE, text=True) as program:
+        try:
+            assert program.stderr is not None
+            assert any(line.endswith("transduce.server ready\n") for line in program.stderr)
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(20) == 1
+            assert "the engines did not end in time" in program.stderr.read()
+        finally:
+            program.kill()
+
+
 def test_a_client_that_never_finishes_sending_does_not_keep_the_process() -> None:
     """Half a request is no accepted request; the drain's time bounds it."""
     with Program("--drain-seconds", "1") as program:
