@@ -4,9 +4,9 @@ uvicorn moves the bytes. Signals are this module's, because uvicorn closes the l
 again at the end: a draining service could not say 503, and a clean end would look like a kill.
 
 The life, by signals: the first SIGTERM or SIGINT makes the engine refuse what is new (503, the listener stays open) and
-finish what it has; when that is done, or after `drain_seconds`, connections and listener close, status 0. A second
-signal ends it now: what is unfinished is answered with 503, as far as clients take it within `HURRIED_SECONDS`; status
-128 + its number. A third one does not even wait for that.
+finish what it has; when that is done, or after `drain_seconds`, connections and listener close, status 0, or 1 if an
+engine has not ended `ENGINE_SECONDS` later. A second signal ends it now: what is unfinished is answered with 503, as
+far as clients take it within `HURRIED_SECONDS`; status 128 + its number. A third one does not even wait for that.
 """
 
 import asyncio
@@ -116,7 +116,7 @@ class _Life:
         self._models = models
         self._settings = models.settings
         self._stopping = asyncio.Event()
-        self._hurried = self._hangs = False
+        self._hurried = False
         self._status = 0
 
     async def run(self, listener: socket.socket) -> int:
@@ -128,13 +128,14 @@ class _Life:
         stopping = asyncio.create_task(self._stopping.wait())
         await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
         loading = self._models.status in ("new", "starting")
-        if not (serving.done() or loading):
+        drains = not (serving.done() or loading)
+        if drains:
             await self._drain()
         self._server.should_exit = True
         await serving
         for task in (starting, stopping):
             task.cancel()
-        if not (loading or self._hangs):  # neither can be interrupted: the thread ends with the process
+        if not (drains or loading):  # a load cannot be interrupted, nor what a drain left: threads end with the process
             await self._models.stop()
         logger.info("stopped status=%d", self._status)
         return self._status
@@ -176,4 +177,4 @@ class _Life:
         # A little longer than the engines' own limit: they fail what is left, and the answers say so.
         if not await self._models.join(seconds + ENGINE_SECONDS):
             logger.warning("the engines did not end in time")
-            self._hangs, self._status = True, self._status or 1
+            self._status = self._status or 1

@@ -1,4 +1,6 @@
-"""The life of the process: loading, serving, draining, leaving. The real server program around the fake engine."""
+"""The life of the process: loading, serving, draining, leaving. The real server program around the fake engine, or
+where threads that do not end are the matter, around the default model.
+"""
 
 import contextlib
 import re
@@ -199,12 +201,12 @@ WEDGED = """
 import sys, threading
 import service.server
 from service.cli import main
-from service.engine import Engine
+from service.core import Core
 service.server.ENGINE_SECONDS = 0.1
-Engine.join = lambda self, timeout=None: threading.Event().wait(timeout)
+Core.close = lambda self: threading.Event().wait()
 sys.exit(main(["serve", "--port", "0", "--provider", "cpu", "--drain-seconds", "0.1"]))
 """
-"""Its worker never comes back from a call of the model."""
+"""Its worker never comes to its end."""
 
 
 def test_a_model_that_hangs_does_not_keep_the_process() -> None:
