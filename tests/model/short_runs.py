@@ -23,7 +23,7 @@ def model(**changes: Any) -> Transformer:
 
 
 def batch(sources: Sequence[list[int]], targets: Sequence[list[int]]) -> Batch:
-    """Of these pairs, which are the corpus; each ends with its own end."""
+    """Of these token ids, ends included; the corpus has no other pairs."""
     return Batch(
         source_ids=pad_rows(list(sources), 0),
         source_lengths=torch.tensor([len(source) for source in sources]),
