@@ -186,7 +186,10 @@ def run_train(arguments: argparse.Namespace) -> int:
             tokenizer = given[0]
         else:
             # One process learns it and the others get it: they must not differ by a single merge.
-            spelt = [train_tokenizer(corpus.texts(), recipe.model.vocab_size).to_str() if rank == 0 else ""]
+            spelt = [""]
+            if rank == 0:
+                learnt = train_tokenizer(corpus.texts(), recipe.model.vocab_size, recipe.training.spaces)
+                spelt = [learnt.to_str()]
             if distributed.is_initialized():
                 distributed.broadcast_object_list(spelt)
             tokenizer = tokenizer_from_json(spelt[0])

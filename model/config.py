@@ -39,6 +39,9 @@ class TransformerConfig:
     decoder_layers: int = 6
     """0 for an encoder alone, which classifies or gives vectors."""
     dropout: float = 0.1
+    word_dropout: float = 0.0
+    """Share of the tokens of both sides whose embedding is zero in a training step, its position apart (Gal and
+    Ghahramani, 2016; Sennrich and Zhang, 2019): a small corpus is learnt by heart later."""
     activation: Activation = "gelu"
     """Of the feed-forward layer. geglu and swiglu (Shazeer, 2020): a linear layer times the GELU or SiLU of another, so
     one matrix more; a d_ff of 8/3 * d_model costs as much with a gate as 4 * d_model does without."""
@@ -115,7 +118,8 @@ class TransformerConfig:
         )
         check(self.d_model % 2 == 0, "d_model", "even (each sine has its cosine)", self.d_model)
         check(self.d_ff >= 0, "d_ff", "0 (4 * d_model) or more", self.d_ff)
-        check(0.0 <= self.dropout < 1.0, "dropout", "at least 0 and below 1", self.dropout)
+        for name in ("dropout", "word_dropout"):
+            check(0.0 <= getattr(self, name) < 1.0, name, "at least 0 and below 1", getattr(self, name))
         for name, kind in _CHOICES.items():
             check(
                 getattr(self, name) in get_args(kind), name, "one of " + ", ".join(get_args(kind)), getattr(self, name)

@@ -67,6 +67,10 @@ class TrainingConfig:
     """Share of the training pairs whose source is lower-cased."""
     unpunctuated_share: float = 0.0
     """Share of the training pairs whose source loses its final punctuation (half of these all of its punctuation)."""
+    spaces: Literal["before", "after"] = "before"
+    """Whether the tokenizer, where it is learnt, has a word's token hold the space before it or the one after it. After
+    it suits text in which punctuation stands apart from words: then the last part of a compound is the same token as
+    the word by itself. In other text that is so of the first part."""
     bpe_dropout: float = 0.0
     """Chance that a merge is left out each time a training text is cut into tokens (Provilkov et al., 2020): words in
     ever other pieces, which keeps a small corpus from being learnt by heart."""
@@ -124,6 +128,7 @@ class TrainingConfig:
         )
         check(self.join_most >= 2, "join_most", "at least 2", self.join_most)
         check(self.optimizer in ("adam", "muon"), "optimizer", "'adam' or 'muon'", self.optimizer)
+        check(self.spaces in ("before", "after"), "spaces", "'before' or 'after'", self.spaces)
         check(self.precision in ("bf16", "fp32"), "precision", "'bf16' or 'fp32'", self.precision)
 
 
@@ -153,9 +158,9 @@ class Recipe:
             training.distillation_top,
         )
         check(
-            training.r_drop == 0 or model.dropout > 0,
+            training.r_drop == 0 or model.dropout > 0 or model.word_dropout > 0,
             "r_drop",
-            "0 where dropout is 0: passes are equal",
+            "0 where dropout and word_dropout are 0: passes are equal",
             training.r_drop,
         )
         if training.loss == "classification":

@@ -11,10 +11,10 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SPECIAL_TOKENS = (PAD, BOS, EOS)
@@ -23,10 +23,22 @@ SPECIAL_TOKENS = (PAD, BOS, EOS)
 _SURROGATES = dict.fromkeys(range(55296, 57344), "�")
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn merges from texts that are read once. The result has exactly vocab_size tokens if the texts allow it."""
+_SPACES_AFTER = Regex(r"\p{L}+ ?|\p{N}+ ?|[^\s\p{L}\p{N}]+ ?|\s+")
+"""Letters, digits or other characters, each with one space that follows; or any more spaces."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, spaces: Literal["before", "after"] = "before") -> Tokenizer:
+    """Learn merges from texts that are read once. The result has exactly vocab_size tokens if the texts allow it.
+
+    `spaces`: whether a space goes with the word behind it, as GPT-2 has it, or with the one before it.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if spaces == "before":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        words = pre_tokenizers.Split(_SPACES_AFTER, behavior="isolated")
+        of_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, of_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -139,12 +139,13 @@ class DecoderLayer(nn.Module):
 class Embedding(nn.Module):
     """Token embedding scaled by sqrt(D), section 3.4, plus sinusoidal positions where these are added."""
 
-    def __init__(self, tokens: nn.Embedding, length: int, dropout: float) -> None:
+    def __init__(self, tokens: nn.Embedding, length: int, config: TransformerConfig) -> None:
         """A length of 0 means that no positions are added."""
         super().__init__()
         self.tokens = tokens
         self.scale = math.sqrt(tokens.embedding_dim)
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(config.dropout)
+        self.word_dropout = Dropout(config.word_dropout)
         positions = sinusoidal_positions(length, tokens.embedding_dim) if length else None
         self.register_buffer("positions", positions, persistent=False)
         self.positions: Tensor | None
@@ -152,6 +153,8 @@ class Embedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, L) -> (B, L, D)."""
         x = self.tokens(ids) * self.scale
+        if self.training and self.word_dropout.probability:
+            x = x * self.word_dropout(torch.ones_like(x[..., :1]))
         return self.dropout(x if self.positions is None else x + self.positions[: ids.size(1)])
 
 
@@ -196,8 +199,8 @@ class Transformer(nn.Module):
         # One place more than the limit: the start token stands before the tokens that are generated.
         lengths = config.max_source_tokens, config.max_target_tokens + 1
         added = lengths if config.positions == "sinusoidal" else (0, 0)
-        self.source_embedding = Embedding(source_tokens, added[0], config.dropout)
-        self.target_embedding = Embedding(target_tokens, added[1], config.dropout)
+        self.source_embedding = Embedding(source_tokens, added[0], config)
+        self.target_embedding = Embedding(target_tokens, added[1], config)
         self.source_positions = StackPositions(config, lengths[0], bidirectional=True)
         self.target_positions = StackPositions(config, lengths[1], bidirectional=False)
         self.encoder = nn.ModuleList(EncoderLayer(config) for _ in set(config.encoder_order))

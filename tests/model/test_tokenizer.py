@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,9 +15,10 @@ from model.tokenizer import SPECIAL_TOKENS, BpeDropout, encode_texts, tokenizer_
 CORPUS = ["Where is the train station?", "Wo ist der Bahnhof?", "the cat sat on the mat", "naïve café Straße"] * 20
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return tokenizer_from_json(train_tokenizer(CORPUS, 300).to_str())
+@pytest.fixture(scope="module", params=["before", "after"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """Of either way to treat spaces: all that is said here holds for both."""
+    return tokenizer_from_json(train_tokenizer(CORPUS, 300, request.param).to_str())
 
 
 def test_special_tokens_have_the_first_ids(tokenizer: Tokenizer) -> None:
@@ -54,6 +57,16 @@ def test_hard_texts_come_back_without_special_tokens(tokenizer: Tokenizer, text:
 def test_lone_surrogates_become_replacement_characters(tokenizer: Tokenizer) -> None:
     (ids,) = encode_texts(tokenizer, ["a\ud800b"])
     assert tokenizer.decode(ids) == "a\ufffdb"
+
+
+@pytest.mark.parametrize(("spaces", "shared"), [("before", " haus"), ("after", "tür ")])
+def test_a_compound_shares_its_last_part_with_a_word_where_spaces_are_after(
+    spaces: Literal["before", "after"], shared: str
+) -> None:
+    """Its first part otherwise: here "haustür" with "haus" and "tür", of which alone the tokenizer learnt."""
+    tokenizer = train_tokenizer(["das haus , ein haus , die tür , eine tür ."] * 20, 300, spaces)
+    (ids,) = encode_texts(tokenizer, ["die haustür ."])
+    assert [part for part in (" haus", "tür ") if part in [tokenizer.decode([id]) for id in ids]] == [shared]
 
 
 def test_bpe_dropout_of_nothing_is_the_tokenizer_itself(tokenizer: Tokenizer) -> None:

@@ -228,6 +228,19 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     assert torch.equal(module.eval()(x), x)
 
 
+@pytest.mark.parametrize("positions", ["sinusoidal", "rotary"])
+def test_word_dropout_drops_whole_tokens_and_leaves_their_positions(positions: str) -> None:
+    """A tenth of the tokens, the rest grow by as much; evaluation changes nothing."""
+    embedding = tiny_model(word_dropout=0.1, positions=positions).source_embedding
+    ids = torch.full((500, 20), 7)
+    whole = embedding.eval()(ids)
+    added = torch.zeros(20, 16) if embedding.positions is None else embedding.positions[:20]
+    of_tokens = embedding.train()(ids) - added
+    dropped = (of_tokens.abs() < 1e-6).all(dim=-1)
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    torch.testing.assert_close(of_tokens[~dropped] * (230 / 256), (whole - added)[~dropped], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("sharing", "different"), [("all", 0), ("sequence", 2), ("cycle", 2), ("cycle_reversed", 2)])
 def test_shared_layers_compute_as_copies_would(sharing: str, different: int) -> None:
     """A model of four layers that shares them gives what one with copied weights gives, of fewer parameters."""
