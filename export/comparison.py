@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,11 +92,10 @@ def _torch_reads(
     lengths = torch.tensor([len(source) for source in sources])
     attended: list[Tensor] = []
 
-    def look(module: nn.Module, arguments: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+    def look(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, CrossAttention)
-        x, memory, mask = arguments
-        query, key, _ = module.heads(x, memory)
-        key = module.for_all_heads(key)
+        x, memory, mask, rotations = arguments
+        query, key, _ = module.placed_heads(x, memory, rotations)
         attended.append(attention(query, key, key, mask)[1].mean(dim=1))
 
     order = config.decoder_order

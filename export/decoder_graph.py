@@ -28,6 +28,7 @@ from export.ops import (
     cross_attention_of_integers,
     cross_attention_rewriting,
     cross_attention_step,
+    rows_of,
     side_by_side,
     slices_of,
     top,
@@ -38,31 +39,37 @@ from export.spread import Activations, decoder_residuals, memory_of, read_by
 from export.state import target_state
 from export.sublayers import FeedForwardGraph, ResidualStream
 from model.attention import CrossAttention, SelfAttention
-from model.positions import RelativeBias
+from model.positions import RelativeBias, rotate_heads
 from model.transformer import StackPositions, Transformer
 
 AttendsToTarget = Callable[[SelfAttention, Profile, Activations, StackPositions], nn.Module]
 """Makes the module of a self-attention out of the trained one, of what it reads, and of its stack's positions."""
 
-AttendsToSource = Callable[[CrossAttention, Profile, Activations], nn.Module]
-"""The same of a cross-attention, whose keys and values are made of the memory."""
+AttendsToSource = Callable[[CrossAttention, Profile, Activations, StackPositions | None], nn.Module]
+"""The same of a cross-attention, whose keys and values are made of the memory; positions if they rotate its queries."""
 
 
 class CrossAttentionGraph(nn.Module):
     """Attention of one new position over the source."""
 
-    def __init__(self, trained: CrossAttention, profile: Profile, context: Activations) -> None:
+    def __init__(
+        self, trained: CrossAttention, profile: Profile, context: Activations, positions: StackPositions | None
+    ) -> None:
         super().__init__()
         self.heads = Heads.of(trained)
+        self.positions = positions
         self.kind = profile.cross_attention
         self.query = fused_linear([trained.query], profile.integer_products)
         self.output = last_linear(trained.output, profile.integer_products)
         self.bound = heads_bound(trained, context) if profile.integer_products else None
-        self.state = IntegerState(trained, context) if profile.integer_state else None
+        self.state = IntegerState(trained, context, positions is not None) if profile.integer_state else None
 
     def forward(self, x: Tensor | Bounded, places: Places, key: Tensor, value: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x (B, 1, D), the source's keys and values (B, G, C, K) -> (B, 1, D), and what had to be written back."""
         query = self.query(x)  # (B, 1, D)
+        if self.positions is not None and self.positions.rotation is not None:
+            angles = [rows_of(table, places.positions)[:, None] for table in self.positions.rotation]  # (B, 1, K / 2)
+            query = rotate_heads(query, x.shape[2] // self.heads.queries, *angles)
         if self.kind == "attention":
             shape = (x.shape[0], self.heads.queries, 1, x.shape[2] // self.heads.queries)
             attended = cached_attention_over_lengths(query.reshape(shape), key, value, places.lengths)
@@ -122,8 +129,9 @@ class DecoderStack(nn.Module):
             self_attention(layer.self_attention, profile, reads[3 * number], model.target_positions)
             for number, layer in enumerate(layers)
         )
+        positions = model.target_positions if config.rotary_cross_attention else None
         self.cross_attentions = nn.ModuleList(
-            cross_attention(layer.cross_attention, profile, memory) for layer in layers
+            cross_attention(layer.cross_attention, profile, memory, positions) for layer in layers
         )
         self.feed_forwards = nn.ModuleList(
             FeedForwardGraph(layer.feed_forward, integer, reads[3 * number + 2]) for number, layer in enumerate(layers)

@@ -61,7 +61,6 @@ class EncoderAttentionGraph(nn.Module):
         self.trained, self.positions = trained, positions
         operator = {"attention": attention_over_lengths, "multi_head": masked_attention}[profile.whole_attention]
         self.attend = operator if trained.kind == "full" else None
-        self.rotates = positions.cosines is not None
         self.packed = fused_linear([trained.query, trained.key, trained.value], profile.integer_products)
         self.output = last_linear(trained.output, profile.integer_products)
         self.bound = heads_bound(trained, reads) if profile.integer_products else None
@@ -84,16 +83,13 @@ class EncoderAttentionGraph(nn.Module):
         """packed (P, (H + 2 * G) * K) -> query (B, S, D), key and value (B, S, G * K), padded."""
         queries, keys = self.heads.queries, self.heads.keys
         width = packed.shape[1] // (queries + 2 * keys)  # K
-        if queries == keys and not self.rotates:  # one copy less
+        if queries == keys and self.positions.rotation is None:  # one copy less
             parts = split_rows(packed, queries * width)  # (P * 3, D)
             query, key, value = (rows_of(parts, packing.tokens * 3 + part) for part in range(3))
             return query, key, value
         query, key, value = torch.split(packed, [queries * width, keys * width, keys * width], dim=-1)
-        if self.rotates:
-            cosines, sines = self.positions.cosines, self.positions.sines
-            assert cosines is not None
-            assert sines is not None
-            angles = [rows_of(table, packing.places[:, 1]) for table in (cosines, sines)]  # two (P, K / 2)
+        if self.positions.rotation is not None:
+            angles = [rows_of(table, packing.places[:, 1]) for table in self.positions.rotation]  # two (P, K / 2)
             query, key = (rotate_heads(part, width, *angles) for part in (query, key))
         query, key, value = (rows_of(part, packing.tokens) for part in (query, key, value))
         return query, key, value
@@ -129,6 +125,7 @@ class EncoderGraph(nn.Module):
             profile,
         )
         self.integer_state = profile.integer_state
+        self.positions = model.source_positions if model.config.rotary_cross_attention else None
         linears = self._keys_and_values(model)
         self.cross = fused_linear(linears, integer) if linears else None
         classifier = model.classifier
@@ -140,7 +137,7 @@ class EncoderGraph(nn.Module):
         for attention in (layer.cross_attention for layer in model.different_decoder_layers):
             layers = [attention.key, attention.value]
             if self.integer_state:
-                scales = IntegerState(attention, memory_of(model)).scales
+                scales = IntegerState(attention, memory_of(model), self.positions is not None).scales
                 layers = [in_steps(layer, scale) for layer, scale in zip(layers, scales, strict=True)]
             found += layers
         return found
@@ -171,9 +168,21 @@ class EncoderGraph(nn.Module):
     def _for_decoder(self, cross: Tensor, packing: Packing) -> list[Tensor]:
         """Keys and values of the different layers side by side (P, 2 * L * G * K) -> those of each place, padded."""
         config = self.config
+        if self.positions is not None and self.positions.rotation is not None:
+            cross = self._rotated(cross, [rows_of(table, packing.places[:, 1]) for table in self.positions.rotation])
         cross = split_rows(signed(cross) if self.integer_state else cross, config.d_head)  # (P * 2 * L * G, K)
         states, groups = 2 * len(set(config.decoder_order)), config.kv_heads
         heads = packing.slots[:, None, :] * (states * groups) + torch.arange(groups)[:, None]
         return [
             rows_of(cross, heads + (2 * layer + part) * groups) for layer in config.decoder_order for part in range(2)
         ]
+
+    def _rotated(self, cross: Tensor, angles: list[Tensor]) -> Tensor:
+        """Keys and values as in _for_decoder, of tokens with these angles (P, K / 2): the keys are rotated. They are in
+        steps of integers too, before they are rounded: both sides of a plane share a scale.
+        """
+        config = self.config
+        parts = cross.reshape(cross.shape[0], -1, 2, config.kv_heads * config.d_head)
+        keys, values = parts.unbind(2)  # both (P, L, G * K)
+        keys = rotate_heads(keys, config.d_head, *(table[:, None] for table in angles))
+        return torch.stack([keys, values], dim=2).flatten(1)

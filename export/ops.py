@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from model.attention import MultiHeadAttention
+from model.positions import Rotation
 
 Attributes = dict[str, int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]]
 
@@ -118,9 +119,6 @@ def unidirectional_attention(
 
 Scales = tuple[Tensor, Tensor]
 """Of int8 keys and of int8 values, (1, G, 1, K) float32 each: what a step of each feature stands for."""
-
-Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines of every position's angles, (L, K / 2) each."""
 
 
 def self_attention_step(

@@ -24,7 +24,7 @@ from export.ops import (
 from export.profile import Profile
 from export.spread import Activations
 from model.attention import CrossAttention, SelfAttention, valid_tokens
-from model.positions import rotate_heads
+from model.positions import rotate, rotate_heads
 from model.transformer import StackPositions, Transformer
 
 
@@ -70,18 +70,23 @@ class CausalAttentionGraph(nn.Module):
 class SourceAttentionGraph(nn.Module):
     """Attention of every target position over the source, in two halves: ask, then attend."""
 
-    def __init__(self, trained: CrossAttention, profile: Profile, context: Activations) -> None:
+    def __init__(
+        self, trained: CrossAttention, profile: Profile, context: Activations, positions: StackPositions | None
+    ) -> None:
         super().__init__()
         self.heads = Heads.of(trained)
+        self.positions = positions
         self.on_heads = profile.whole_attention == "attention"
         self.query = fused_linear([trained.query], profile.integer_products)
         self.output = last_linear(trained.output, profile.integer_products)
         self.bound = heads_bound(trained, context) if profile.integer_products else None
-        self.state = IntegerState(trained, context) if profile.integer_state else None
+        self.state = IntegerState(trained, context, positions is not None) if profile.integer_state else None
 
     def ask(self, x: Tensor | Bounded) -> Tensor:
-        """x (B, T, D) -> the queries (B, H, T, K)."""
+        """x (B, T, D) -> the queries (B, H, T, K), rotated if they are."""
         queries: Tensor = self.query(x).unflatten(2, (self.heads.queries, -1)).transpose(1, 2)
+        if self.positions is not None and self.positions.rotation is not None:
+            queries = rotate(queries, *(table[: x.shape[1]] for table in self.positions.rotation))
         return queries
 
     def read(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

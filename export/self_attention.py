@@ -16,7 +16,6 @@ from export.integer_state import IntegerState, heads_bound
 from export.layers import Bounded, bounded, fused_linear, last_linear
 from export.ops import (
     Heads,
-    Rotation,
     cached_attention_over_lengths,
     cross_attention_step,
     rows_of,
@@ -26,7 +25,7 @@ from export.ops import (
 from export.profile import Profile
 from export.spread import Activations
 from model.attention import SelfAttention, counted, mean_of, positive_features
-from model.positions import rotate
+from model.positions import Rotation, rotate
 from model.transformer import StackPositions
 
 Step = tuple[Tensor, list[Tensor]]
@@ -71,8 +70,7 @@ class StepAttention(nn.Module):
     @property
     def rotation(self) -> Rotation | None:
         """The tables by which queries and keys are rotated."""
-        cosines, sines = self.positions.cosines, self.positions.sines
-        return None if cosines is None or sines is None else (cosines, sines)
+        return self.positions.rotation
 
     def query_key_value(self, x: Tensor | Bounded, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, 1, D) at positions (B,) -> query (B, H, 1, K), key and value (B, G, 1, K), rotated."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.config import EncoderAttention, TransformerConfig
-from model.positions import RelativeBias, rotate
+from model.positions import RelativeBias, Rotation, rotate
 
 
 def attention(
@@ -168,8 +168,7 @@ class Positions:
     lengths: Tensor | None
     """(B,); None in a decoder, where padding stands behind everything that looks back."""
     bias: RelativeBias | None = None
-    rotation: tuple[Tensor, Tensor] | None = None
-    """Cosines and sines (L, K/2)."""
+    rotation: Rotation | None = None
 
 
 class MultiHeadAttention(nn.Module):
@@ -213,11 +212,22 @@ class MultiHeadAttention(nn.Module):
 class CrossAttention(MultiHeadAttention):
     """Of target positions to the memory."""
 
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """x (B, T, D), memory (B, S, D), mask (B, 1, 1, S) -> (B, T, D)."""
-        query, key, value = self.heads(x, memory)
-        heads, _ = attention(query, self.for_all_heads(key), self.for_all_heads(value), mask)
+    def forward(
+        self, x: Tensor, memory: Tensor, mask: Tensor, rotations: tuple[Rotation, Rotation] | None = None
+    ) -> Tensor:
+        """x (B, T, D), memory (B, S, D), mask (B, 1, 1, S), rotations of T and of S positions -> (B, T, D)."""
+        query, key, value = self.placed_heads(x, memory, rotations)
+        heads, _ = attention(query, key, value, mask)
         return self.merge(heads)
+
+    def placed_heads(
+        self, x: Tensor, memory: Tensor, rotations: tuple[Rotation, Rotation] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As in forward -> query (B, H, T, K), key and value (B, H, S, K), both of the former rotated if they are."""
+        query, key, value = self.heads(x, memory)
+        if rotations is not None:
+            query, key = rotate(query, *rotations[0]), rotate(key, *rotations[1])
+        return query, self.for_all_heads(key), self.for_all_heads(value)
 
 
 class SelfAttention(MultiHeadAttention):

@@ -55,6 +55,9 @@ class TransformerConfig:
     """sinusoidal: added to the embeddings, as in the paper. relative_bias: learnt biases of the self-attentions' scores
     by bucket of distance, one table for a stack (Raffel et al., 2020, "T5"). rotary: queries and keys of
     self-attentions are rotated (Su et al., 2021)."""
+    rotary_cross_attention: bool = False
+    """With rotary positions: those of cross-attention too, so that where to look in the source depends on how far a
+    token stands from the target's own place."""
     relative_buckets: int = 32
     relative_max_distance: int = 128
     """Distances from here on share the last bucket."""
@@ -156,6 +159,12 @@ class TransformerConfig:
             "positions",
             "sinusoidal where an attention is linear or performer, which have no scores of pairs",
             self.positions,
+        )
+        check(
+            rotates or not self.rotary_cross_attention,
+            "rotary_cross_attention",
+            "false where positions are not rotary",
+            self.rotary_cross_attention,
         )
         check(
             self.relative_buckets >= 4 and self.relative_buckets % 4 == 0,

@@ -7,12 +7,16 @@ Letters in the shape comments: L positions, D = d_model, H heads, K the width of
 from __future__ import annotations
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 ROTARY_BASE = 10000.0
+
+Rotation: TypeAlias = tuple[Tensor, Tensor]
+"""Cosines and sines of the angles of L positions, both (L, K/2)."""
 
 
 def sinusoidal_positions(length: int, d_model: int) -> Tensor:
@@ -23,7 +27,7 @@ def sinusoidal_positions(length: int, d_model: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=-1).reshape(length, d_model).float()
 
 
-def rotary_tables(length: int, width: int) -> tuple[Tensor, Tensor]:
+def rotary_tables(length: int, width: int) -> Rotation:
     """Cosines and sines, both (L, K/2), of the angles p * 10000^(-2i/K): Su et al. (2021), section 3.2.2."""
     frequency = ROTARY_BASE ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)  # (K/2,)
     angle = torch.arange(length, dtype=torch.float64).unsqueeze(1) * frequency  # (L, K/2)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from model.attention import CrossAttention, MultiHeadAttention, Positions, SelfAttention, valid_tokens
 from model.config import Activation, TransformerConfig
-from model.positions import RelativeBias, rotary_tables, sinusoidal_positions
+from model.positions import RelativeBias, Rotation, rotary_tables, sinusoidal_positions
 
 
 class Dropout(nn.Module):
@@ -126,12 +126,21 @@ class DecoderLayer(nn.Module):
         self.feed_forward = FeedForward(config)
         self.feed_forward_residual = Residual(config)
 
-    def forward(self, x: Tensor, memory: Tensor, positions: Positions, source_mask: Tensor) -> Tensor:
-        """x (B, T, D), memory (B, S, D), source_mask (B, 1, 1, S) -> (B, T, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        positions: Positions,
+        source_mask: Tensor,
+        rotations: tuple[Rotation, Rotation] | None,
+    ) -> Tensor:
+        """x (B, T, D), memory (B, S, D), source_mask (B, 1, 1, S), rotations of cross-attention's T queries and S keys
+        -> (B, T, D).
+        """
         h = self.self_attention_residual.before(x)
         x = self.self_attention_residual.after(x, self.self_attention(h, positions))
         h = self.cross_attention_residual.before(x)
-        x = self.cross_attention_residual.after(x, self.cross_attention(h, memory, source_mask))
+        x = self.cross_attention_residual.after(x, self.cross_attention(h, memory, source_mask, rotations))
         h = self.feed_forward_residual.before(x)
         return self.feed_forward_residual.after(x, self.feed_forward(h))
 
@@ -175,11 +184,17 @@ class StackPositions(nn.Module):
         self.cosines: Tensor | None
         self.sines: Tensor | None
 
+    @property
+    def rotation(self) -> Rotation | None:
+        """Of all positions, where they are rotary."""
+        return None if self.cosines is None or self.sines is None else (self.cosines, self.sines)
+
     def forward(self, length: int, lengths: Tensor | None) -> Positions:
         """Of rows of this length, padding included."""
-        if self.cosines is None or self.sines is None:
+        if self.rotation is None:
             return Positions(lengths, self.bias)
-        return Positions(lengths, self.bias, (self.cosines[:length], self.sines[:length]))
+        cosines, sines = self.rotation
+        return Positions(lengths, self.bias, (cosines[:length], sines[:length]))
 
 
 def mean_over_tokens(memory: Tensor, lengths: Tensor) -> Tensor:
@@ -269,10 +284,21 @@ class Transformer(nn.Module):
         source_mask = valid_tokens(source_lengths, memory.size(1))[:, None, None, :]  # (B, 1, 1, S)
         # Padding stands on the right, where no real token looks; the loss ignores the rest.
         positions = self.target_positions(target_ids.size(1), None)
+        rotations = self._cross_rotations(target_ids.size(1), memory.size(1))
         x = self.target_embedding(target_ids)  # (B, T, D)
         for layer in self.decoder_stack:
-            x = layer(x, memory, positions, source_mask)
+            x = layer(x, memory, positions, source_mask, rotations)
         return self.decoder_norm(x)
+
+    def _cross_rotations(self, target_length: int, source_length: int) -> tuple[Rotation, Rotation] | None:
+        """Of cross-attention's queries and keys, by which scores depend on how far apart both stand."""
+        if not self.config.rotary_cross_attention:
+            return None
+        of_target = self.target_positions(target_length, None).rotation
+        of_source = self.source_positions(source_length, None).rotation
+        assert of_target is not None
+        assert of_source is not None
+        return of_target, of_source
 
     def decode(self, target_ids: Tensor, memory: Tensor, source_lengths: Tensor) -> Tensor:
         """target_ids (B, T), memory (B, S, D) -> logits (B, T, V) of the token after each."""

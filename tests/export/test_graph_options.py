@@ -191,6 +191,14 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "rotary": {"positions": "rotary"},
     "rotary_of_odd_width": {"positions": "rotary", "d_model": 24, "num_heads": 2, "num_kv_heads": 1},
     "rotary_of_few_features": {"positions": "rotary", "d_model": 16},
+    "rotary_everywhere": {"positions": "rotary", "rotary_cross_attention": True, "decoder_layers": 2},
+    "rotary_everywhere_of_few_heads": {
+        "positions": "rotary", "rotary_cross_attention": True, "d_model": 32, "num_heads": 4, "num_kv_heads": 2,
+    },
+    "rotary_everywhere_and_shared": {
+        "positions": "rotary", "rotary_cross_attention": True, "share_layers": "all", "encoder_layers": 2,
+        "decoder_layers": 2,
+    },
     "window": {
         "encoder_attention": "window", "encoder_window": 8, "global_tokens": 2,
         "decoder_attention": "window", "decoder_window": 4,
@@ -219,6 +227,7 @@ TOGETHER = (
     "grouped_of_odd_width",
     "relative_bias",
     "rotary_of_few_features",
+    "rotary_everywhere",
     "window_with_bias",
     "window_wider_than_the_example",
     "linear",

@@ -28,6 +28,7 @@ from model.recipe import Recipe
         ({"positions": "rotary", "d_model": 12, "num_heads": 4}, "positions.*odd width"),
         ({"positions": "rotary", "encoder_attention": "linear"}, "positions"),
         ({"positions": "relative_bias", "decoder_attention": "linear"}, "positions"),
+        ({"rotary_cross_attention": True}, "rotary_cross_attention"),
         ({"relative_buckets": 6}, "relative_buckets"),
         ({"relative_max_distance": 16}, "relative_max_distance"),
         ({"num_kv_heads": 3}, "num_kv_heads"),

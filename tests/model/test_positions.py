@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from model.attention import Positions, SelfAttention
+from model.attention import CrossAttention, Positions, SelfAttention
 from model.config import TransformerConfig
-from model.positions import RelativeBias, rotary_tables, rotate
+from model.positions import RelativeBias, Rotation, rotary_tables, rotate
 from model.transformer import Transformer
 
 
@@ -76,6 +76,32 @@ def test_rotated_attention_knows_distances_alone() -> None:
     there = module(x, Positions(None, rotation=(cosines[5:], sines[5:])))
     torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(here, module(x, Positions(None)), atol=1e-3)
+
+
+def test_rotated_cross_attention_knows_how_far_the_source_is_from_the_target() -> None:
+    """Moved along together, target and source give the same; moved apart, something else."""
+    module = CrossAttention(config())
+    x, memory, mask = torch.randn(1, 3, 16), torch.randn(1, 6, 16), torch.ones(1, 1, 1, 6, dtype=torch.bool)
+    cosines, sines = rotary_tables(11, 4)
+
+    def at(start: int, length: int) -> Rotation:
+        return cosines[start : start + length], sines[start : start + length]
+
+    here = module(x, memory, mask, (at(0, 3), at(0, 6)))
+    torch.testing.assert_close(module(x, memory, mask, (at(5, 3), at(5, 6))), here, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(module(x, memory, mask, (at(0, 3), at(5, 6))), here, atol=1e-3)
+
+
+def test_a_model_rotates_cross_attention_where_it_is_told_to() -> None:
+    """Of the memory's order nothing but a rotation tells it."""
+    torch.manual_seed(0)
+    plain = Transformer(config(positions="rotary")).eval()
+    rotated = Transformer(config(positions="rotary", rotary_cross_attention=True)).eval()
+    rotated.load_state_dict(plain.state_dict())
+    memory, lengths, start = torch.randn(1, 4, 16), torch.tensor([4]), torch.tensor([[1]])
+    for model, knows in ((plain, False), (rotated, True)):
+        forwards, backwards = (model.decode(start, order, lengths) for order in (memory, memory.flip(1)))
+        assert torch.allclose(forwards, backwards, atol=1e-5) != knows
 
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "relative_bias", "rotary"])
