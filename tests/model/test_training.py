@@ -118,6 +118,14 @@ def test_a_killed_run_continues_with_the_same_losses(data: Path) -> None:
     assert (data / "whole" / "curves.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(("spaces", "words"), [("before", ["ein", "\u0120haus"]), ("after", ["ein\u0120", "haus"])])
+def test_a_run_learns_its_tokenizer_as_the_recipe_treats_spaces(data: Path, spaces: str, words: list[str]) -> None:
+    options = ("--set", f"training.spaces='{spaces}'", "--set", "training.max_steps=1")
+    train(data, spaces, *options)
+    cut = Checkpoint.load(data / spaces / "model.pt").tokenizer.pre_tokenizer.pre_tokenize_str("ein haus")
+    assert [word for word, _ in cut] == words
+
+
 def test_two_processes_learn_what_one_does(data: Path) -> None:
     """Under torchrun each process takes one of every two batches, and the loss is that of both together."""
     options = ("--set", "model.dropout=0.0", "--set", "training.validate_every=10", "--set", "training.max_steps=10")
