@@ -68,9 +68,9 @@ class TrainingConfig:
     unpunctuated_share: float = 0.0
     """Share of the training pairs whose source loses its final punctuation (half of these all of its punctuation)."""
     spaces: Literal["before", "after"] = "before"
-    """Whether the tokenizer, where it is learnt, has a word's token hold the space before it or the one after it. Before
-    it suits text as people write it: a compound begins with the same token as the word by itself. After it suits text
-    in which punctuation stands apart from words: a compound ends with the same token as the word by itself."""
+    """Whether the tokenizer, where it is learnt, has a word's token hold the space before it or the one after it.
+    Before it suits text as people write it: a compound begins with the same token as the word by itself. After it suits
+    text in which punctuation stands apart from words: a compound ends with the same token as the word by itself."""
     bpe_dropout: float = 0.0
     """Chance that a merge is left out each time a training text is cut into tokens (Provilkov et al., 2020): words in
     ever other pieces, which keeps a small corpus from being learnt by heart."""
