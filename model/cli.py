@@ -64,7 +64,11 @@ def register_evaluate(subparsers: Any) -> None:
         help="BLEU, chrF and speed of a checkpoint or an artifact",
         description="Translate the sources of a file and score them by sacrebleu against all references there.",
     )
-    evaluate.add_argument("model", type=Path, help="a checkpoint of `transduce train`, or the directory of an artifact")
+    evaluate.add_argument(
+        "model", type=Path, nargs="+", metavar="MODEL",
+        help="a checkpoint of `transduce train`, or the directory of an artifact; several checkpoints of one tokenizer "
+        "translate together, by the mean of their probabilities",
+    )  # fmt: skip
     evaluate.add_argument(
         "--data", type=Path, nargs="+", required=True, metavar="FILE",
         help="one TSV file (source, tab, reference) or two aligned files; plain or gzipped",
@@ -239,6 +243,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     from model.checkpoint import Checkpoint, CheckpointError
     from model.data import BadRows, DataError, grouped_references, read_pairs
     from model.evaluation import RETRIEVED_AMONG, Translate, accuracy, evaluate, retrieval, translator
+    from model.search import Ensemble
     from model.tokenizer import tokenizer_from_json
 
     try:
@@ -255,19 +260,22 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             references = dict(list(references.items())[: arguments.limit])
         if not references:
             raise DataError("no usable pair to evaluate on")
-        if arguments.model.is_dir():
+        paths: list[Path] = arguments.model
+        if directory := next((path for path in paths if path.is_dir()), None):
+            if len(paths) > 1:
+                raise DataError(f"{directory} is a directory: only checkpoints translate together")
             if arguments.measure not in (None, "bleu"):
                 raise DataError(f"--measure {arguments.measure} is of a checkpoint, not of an artifact")
-            if not (arguments.model / "manifest.json").is_file():
-                raise DataError(f"{arguments.model} is no artifact: it has no manifest.json")
+            if not (directory / "manifest.json").is_file():
+                raise DataError(f"{directory} is no artifact: it has no manifest.json")
             # The one place where model/ reaches for export/: an artifact is judged by what its graphs give.
             from export.artifact_decoder import ArtifactDecoder
 
-            variants = json.loads((arguments.model / "manifest.json").read_text(encoding="utf-8"))["variants"]
+            variants = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["variants"]
             if "decoder" not in variants["cpu"]:
-                raise DataError(f"{arguments.model} has no decoder: it cannot translate")
-            decoder = ArtifactDecoder(arguments.model, threads=arguments.threads)
-            tokenizer = tokenizer_from_json((arguments.model / "tokenizer.json").read_text(encoding="utf-8"))
+                raise DataError(f"{directory} has no decoder: it cannot translate")
+            decoder = ArtifactDecoder(directory, threads=arguments.threads)
+            tokenizer = tokenizer_from_json((directory / "tokenizer.json").read_text(encoding="utf-8"))
             eos_id, max_source_tokens = decoder.eos_id, decoder.manifest["max_source_tokens"]
 
             def by_graphs(sources: list[list[int]]) -> list[list[int]]:
@@ -276,23 +284,29 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
             translate: Translate = by_graphs
         else:
-            checkpoint = Checkpoint.load(arguments.model)
-            model = checkpoint.transformer()
-            measure = arguments.measure or _purpose(model.config)
+            checkpoints = [Checkpoint.load(path) for path in paths]
+            tokenizer, config = checkpoints[0].tokenizer, checkpoints[0].recipe.model
+            if any(checkpoint.tokenizer.to_str() != tokenizer.to_str() for checkpoint in checkpoints):
+                raise DataError("the tokenizers of the checkpoints differ: their probabilities are of other tokens")
+            measure = arguments.measure or _purpose(config)
             if measure != "bleu":
-                if measure == "accuracy" and not model.config.labels:
-                    raise DataError(f"{arguments.model} is no classifier: it has no labels")
+                if len(paths) > 1:
+                    raise DataError(f"--measure {measure} is of one checkpoint, not of several together")
+                if measure == "accuracy" and not config.labels:
+                    raise DataError(f"{paths[0]} is no classifier: it has no labels")
                 if measure == "accuracy":
-                    found = accuracy(model, checkpoint.tokenizer, references)
+                    found = accuracy(checkpoints[0].transformer(), tokenizer, references)
                     print(f"accuracy {found:.2f} % of {len(references)} texts")
                 else:
-                    found = retrieval(model, checkpoint.tokenizer, references)
+                    found = retrieval(checkpoints[0].transformer(), tokenizer, references)
                     print(f"retrieval {found:.2f} % among {min(len(references), RETRIEVED_AMONG)} translations")
                 return 0
-            if not model.config.decoder_layers:
-                raise DataError(f"{arguments.model} has no decoder: it cannot translate")
-            tokenizer, eos_id = checkpoint.tokenizer, model.config.eos_id
-            max_source_tokens = model.config.max_source_tokens
+            for path, checkpoint in zip(paths, checkpoints, strict=True):
+                if not checkpoint.recipe.model.decoder_layers:
+                    raise DataError(f"{path} has no decoder: it cannot translate")
+            models = [checkpoint.transformer() for checkpoint in checkpoints]
+            model = Ensemble(models) if len(models) > 1 else models[0]
+            eos_id, max_source_tokens = model.config.eos_id, model.config.max_source_tokens
             translate = translator(model, arguments.num_beams, arguments.length_penalty)
     except (DataError, CheckpointError) as error:
         print(f"transduce evaluate: {_one_line(error)}", file=sys.stderr)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from model.data import pad_rows
-from model.search import batches_by_length, beam_search, greedy_search
+from model.search import Ensemble, batches_by_length, beam_search, greedy_search
 from model.tokenizer import encode_texts
 from model.transformer import Transformer, mean_over_tokens
 
@@ -145,7 +145,7 @@ def _each(
 
 
 def translator(
-    model: Transformer, num_beams: int = 1, length_penalty: float = 1.0, max_ratio: float = math.inf
+    model: Transformer | Ensemble, num_beams: int = 1, length_penalty: float = 1.0, max_ratio: float = math.inf
 ) -> Translate:
     """The slow decoders of model.search as a function from sources to generated ids. max_ratio bounds greedy."""
 

@@ -5,11 +5,13 @@ What the service does fast must give what this gives; training and evaluation us
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.data import pad_rows
 from model.transformer import Transformer
@@ -27,10 +29,42 @@ class Hypothesis:
         return self.log_probability / max(len(self.ids), 1) ** length_penalty
 
 
-def _step(model: Transformer, target_ids: Tensor, memory: Tensor, lengths: Tensor) -> Tensor:
+class Ensemble:
+    """Several models that translate as one: each token by the mean of their probabilities, which is also what they say
+    together as teachers. They have one tokenizer; what else they are made of may differ.
+    """
+
+    def __init__(self, models: Sequence[Transformer]) -> None:
+        self._models = tuple(models)
+        configs = [model.config for model in models]
+        self._widths = [config.d_model for config in configs]
+        self.config = replace(
+            configs[0],
+            max_source_tokens=min(config.max_source_tokens for config in configs),
+            max_target_tokens=min(config.max_target_tokens for config in configs),
+        )
+        """Token ids, which are those of all, and the limits of the one that takes least."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of all models."""
+        return itertools.chain.from_iterable(model.parameters() for model in self._models)
+
+    def encode(self, source_ids: Tensor, source_lengths: Tensor) -> Tensor:
+        """source_ids (B, S), source_lengths (B,) -> the memories side by side, (B, S, sum of all D)."""
+        return torch.cat([model.encode(source_ids, source_lengths) for model in self._models], dim=2)
+
+    def next_token(self, target_ids: Tensor, memory: Tensor, source_lengths: Tensor) -> Tensor:
+        """target_ids (B, T), memory (B, S, sum of all D) -> log-probabilities (B, V) of the token after the last."""
+        memories = torch.split(memory, self._widths, dim=2)
+        told = [
+            model.next_token(target_ids, own, source_lengths) for model, own in zip(self._models, memories, strict=True)
+        ]
+        return torch.stack(told).logsumexp(dim=0) - math.log(len(told))
+
+
+def _step(model: Transformer | Ensemble, target_ids: Tensor, memory: Tensor, lengths: Tensor) -> Tensor:
     """Log-probabilities (B, V) of the token after target_ids (B, T). Padding and start count in the sum, never win."""
-    states = model.decoder_states(target_ids, memory, lengths)[:, -1]  # (B, D)
-    scores = model.output_projection(states).float().log_softmax(dim=-1)  # (B, V)
+    scores = model.next_token(target_ids, memory, lengths)
     scores[:, [model.config.pad_id, model.config.bos_id]] = -torch.inf
     return scores
 
@@ -43,7 +77,7 @@ def batches_by_length(sources: list[list[int]], rows: int) -> list[list[int]]:
 
 @torch.no_grad()
 def greedy_search(
-    model: Transformer,
+    model: Transformer | Ensemble,
     sources: list[list[int]],
     max_new_tokens: int | None = None,
     batch_rows: int = 64,
@@ -83,7 +117,7 @@ def greedy_search(
 
 @torch.no_grad()
 def beam_search(
-    model: Transformer,
+    model: Transformer | Ensemble,
     sources: list[list[int]],
     num_beams: int,
     length_penalty: float = 1.0,

@@ -304,6 +304,11 @@ class Transformer(nn.Module):
         """target_ids (B, T), memory (B, S, D) -> logits (B, T, V) of the token after each."""
         return self.output_projection(self.decoder_states(target_ids, memory, source_lengths))
 
+    def next_token(self, target_ids: Tensor, memory: Tensor, source_lengths: Tensor) -> Tensor:
+        """target_ids (B, T), memory (B, S, D) -> log-probabilities (B, V), fp32, of the token after the last."""
+        states = self.decoder_states(target_ids, memory, source_lengths)[:, -1]  # (B, D)
+        return self.output_projection(states).float().log_softmax(dim=-1)
+
     def forward(self, source_ids: Tensor, source_lengths: Tensor, target_ids: Tensor) -> Tensor:
         """source_ids (B, S), source_lengths (B,), target_ids (B, T) -> logits (B, T, V)."""
         return self.decode(target_ids, self.encode(source_ids, source_lengths), source_lengths)

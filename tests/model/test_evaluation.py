@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from model.checkpoint import Checkpoint
 from model.evaluation import score_translations
 from service.cli import main
+from tests import tiny
 
 
 def test_a_translation_counts_if_it_is_any_of_the_references() -> None:
@@ -47,6 +49,42 @@ def test_translations_are_written_a_line_for_each_pair(tiny_checkpoint_file: Pat
     assert main(["evaluate", str(tiny_checkpoint_file), *files]) == 0
     first, second, third = (tmp_path / "out").read_text().splitlines()
     assert first == third != second
+
+
+def test_checkpoints_translate_together(
+    tiny_checkpoint_file: Path, tiny_sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One given twice gives what it gives by itself; two that differ give something else than either."""
+    tiny.tiny_checkpoint(seed=2, d_model=48).save(tmp_path / "other.pt")
+    found = []
+    one, other = str(tiny_checkpoint_file), str(tmp_path / "other.pt")
+    for models in ([one], [one, one], [other], [one, other]):
+        options = ["--data", str(tiny_sentences), "--limit", "20", "--output", str(tmp_path / "out")]
+        assert main(["evaluate", *models, *options]) == 0
+        found.append((tmp_path / "out").read_text())
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+
+
+def test_what_cannot_translate_together_is_refused(
+    tiny_checkpoint_file: Path,
+    tiny_classifier_checkpoint: Checkpoint,
+    tiny_fp32_artifact: Path,
+    tiny_sentences: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one, other, encoder = str(tiny_checkpoint_file), tmp_path / "other.pt", tmp_path / "encoder.pt"
+    tiny.tiny_checkpoint(vocab_size=280).save(other)
+    tiny_classifier_checkpoint.save(encoder)
+    for arguments, message in (
+        ([one, str(tiny_fp32_artifact)], f"{tiny_fp32_artifact} is a directory"),
+        ([one, str(other)], "tokenizers"),
+        ([one, one, "--measure", "retrieval"], "--measure retrieval"),
+        ([one, str(encoder)], f"{encoder} has no decoder"),
+    ):
+        assert main(["evaluate", *arguments, "--data", str(tiny_sentences)]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

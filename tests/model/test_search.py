@@ -8,26 +8,30 @@ import pytest
 import torch
 
 from model.config import TransformerConfig
-from model.search import Hypothesis, beam_search, greedy_search
+from model.search import Ensemble, Hypothesis, beam_search, greedy_search
 from model.transformer import Transformer
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    torch.manual_seed(3)
+def a_model(seed: int, d_model: int = 16, max_target_tokens: int = 4) -> Transformer:
+    torch.manual_seed(seed)
     config = TransformerConfig(
         vocab_size=6,
-        d_model=16,
+        d_model=d_model,
         num_heads=2,
         encoder_layers=1,
         decoder_layers=1,
         max_source_tokens=16,
-        max_target_tokens=4,
+        max_target_tokens=max_target_tokens,
     )
     model = Transformer(config).eval()
     for parameter in model.parameters():
         parameter.data *= 1.7  # sharper distributions, so that choices differ between sources
     return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return a_model(3)
 
 
 SOURCES = [[3, 2], [4, 5, 3, 2], [5, 2], [3, 3, 3, 4, 5, 2], [4, 2]]
@@ -45,19 +49,24 @@ def test_a_batch_changes_no_answer(model: Transformer) -> None:
 
 
 @torch.no_grad()
-def test_a_wide_beam_finds_the_best_of_all_sequences(model: Transformer) -> None:
-    """Over 4 tokens of 4 possible ones every sequence can be scored; a beam as wide as all of them misses none."""
+@pytest.mark.parametrize("others", [[], [a_model(4, d_model=24, max_target_tokens=5), a_model(5)]])
+def test_a_wide_beam_finds_the_best_of_all_sequences(model: Transformer, others: list[Transformer]) -> None:
+    """Over 4 tokens of 4 possible ones every sequence can be scored; a beam as wide as all of them misses none. Of
+    several models it is the best by the mean of their probabilities, whatever their widths, within the lowest limit.
+    """
+    models = [model, *others]
     every = [[*body, 2] for n in range(4) for body in itertools.product([3, 4, 5], repeat=n)] + [
         list(body) for body in itertools.product([3, 4, 5], repeat=4)
     ]
     for source in SOURCES:
-        memory = model.encode(torch.tensor([source]), torch.tensor([len(source)]))
         scored = []
         for ids in every:
-            logits = model.decode(torch.tensor([[1, *ids[:-1]]]), memory, torch.tensor([len(source)]))
-            scored.append(Hypothesis(ids, float(logits.log_softmax(-1)[0, range(len(ids)), ids].sum())))
+            inputs = torch.tensor([source]), torch.tensor([len(source)]), torch.tensor([[1, *ids[:-1]]])
+            mean = sum(one(*inputs).softmax(-1)[0, range(len(ids)), ids] for one in models) / len(models)
+            scored.append(Hypothesis(ids, float(mean.log().sum())))
         expected = max(scored, key=lambda h: h.score(1.0))
-        best = beam_search(model, [source], num_beams=len(every), length_penalty=1.0)[0][0]
+        together = Ensemble(models) if others else model
+        best = beam_search(together, [source], num_beams=len(every), length_penalty=1.0)[0][0]
         assert best.ids == expected.ids
         assert best.score(1.0) == pytest.approx(expected.score(1.0), abs=1e-5)
 
