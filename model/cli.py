@@ -7,13 +7,18 @@ import json
 import logging
 import os
 import sys
-import tomllib
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from model.config import ConfigurationError, TransformerConfig
-from model.recipe import Recipe
+from model.recipe import read_recipe
+
+if TYPE_CHECKING:  # torch is imported only when a command runs
+    from model.checkpoint import Checkpoint
+    from model.evaluation import Evaluation
 
 
 def register_train(subparsers: Any) -> None:
@@ -94,28 +99,6 @@ def register_evaluate(subparsers: Any) -> None:
     evaluate.add_argument("--limit", type=int, default=0, help="only the first so many sources (0: all)")
     evaluate.add_argument("--threads", type=int, default=0, help="CPU threads (0: as many as there are cores)")
     evaluate.set_defaults(func=run_evaluate)
-
-
-def read_recipe(path: Path, changes: list[str]) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe and its [metadata], after changes of the form TABLE.FIELD=VALUE. Raises ConfigurationError."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{path}: {error}") from error
-    for change in changes:
-        name, equals, value = change.partition("=")
-        table, dot, key = name.partition(".")
-        if not (equals and dot):
-            raise ConfigurationError(f"--set {change}: expected TABLE.FIELD=VALUE, as in training.max_steps=1000")
-        try:
-            tables.setdefault(table, {})[key] = tomllib.loads(f"v = {value}")["v"]
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigurationError(f"--set {change}: {value!r} is no TOML value; texts need quotes") from error
-    metadata = tables.pop("metadata", {})
-    try:
-        return Recipe.from_dict(tables), metadata
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{path}: {error}") from error
 
 
 def _purpose(config: TransformerConfig) -> str:
@@ -242,13 +225,13 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
     from model.checkpoint import Checkpoint, CheckpointError
     from model.data import BadRows, DataError, grouped_references, read_pairs
-    from model.evaluation import RETRIEVED_AMONG, Translate, accuracy, evaluate, retrieval, translator
-    from model.search import Ensemble
-    from model.tokenizer import tokenizer_from_json
 
+    paths: list[Path] = arguments.model
     try:
         if arguments.num_beams < 1:
             raise DataError(f"--num-beams must be at least 1, not {arguments.num_beams}")
+        if arguments.output and not arguments.output.parent.is_dir():
+            raise DataError(f"--output {arguments.output}: there is no such directory")
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         bad = BadRows()
@@ -260,58 +243,25 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             references = dict(list(references.items())[: arguments.limit])
         if not references:
             raise DataError("no usable pair to evaluate on")
-        paths: list[Path] = arguments.model
         if directory := next((path for path in paths if path.is_dir()), None):
             if len(paths) > 1:
                 raise DataError(f"{directory} is a directory: only checkpoints translate together")
             if arguments.measure not in (None, "bleu"):
                 raise DataError(f"--measure {arguments.measure} is of a checkpoint, not of an artifact")
-            if not (directory / "manifest.json").is_file():
-                raise DataError(f"{directory} is no artifact: it has no manifest.json")
-            # The one place where model/ reaches for export/: an artifact is judged by what its graphs give.
-            from export.artifact_decoder import ArtifactDecoder
-
-            variants = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))["variants"]
-            if "decoder" not in variants["cpu"]:
-                raise DataError(f"{directory} has no decoder: it cannot translate")
-            decoder = ArtifactDecoder(directory, threads=arguments.threads)
-            tokenizer = tokenizer_from_json((directory / "tokenizer.json").read_text(encoding="utf-8"))
-            eos_id, max_source_tokens = decoder.eos_id, decoder.manifest["max_source_tokens"]
-
-            def by_graphs(sources: list[list[int]]) -> list[list[int]]:
-                found = decoder.beam(sources, arguments.num_beams, arguments.length_penalty)
-                return [hypotheses[0].ids for hypotheses in found]
-
-            translate: Translate = by_graphs
+            evaluation_by = _evaluation_by_artifact(directory, arguments)
         else:
             checkpoints = [Checkpoint.load(path) for path in paths]
-            tokenizer, config = checkpoints[0].tokenizer, checkpoints[0].recipe.model
-            if any(checkpoint.tokenizer.to_str() != tokenizer.to_str() for checkpoint in checkpoints):
-                raise DataError("the tokenizers of the checkpoints differ: their probabilities are of other tokens")
-            measure = arguments.measure or _purpose(config)
+            measure = arguments.measure or _purpose(checkpoints[0].recipe.model)
             if measure != "bleu":
                 if len(paths) > 1:
                     raise DataError(f"--measure {measure} is of one checkpoint, not of several together")
-                if measure == "accuracy" and not config.labels:
-                    raise DataError(f"{paths[0]} is no classifier: it has no labels")
-                if measure == "accuracy":
-                    found = accuracy(checkpoints[0].transformer(), tokenizer, references)
-                    print(f"accuracy {found:.2f} % of {len(references)} texts")
-                else:
-                    found = retrieval(checkpoints[0].transformer(), tokenizer, references)
-                    print(f"retrieval {found:.2f} % among {min(len(references), RETRIEVED_AMONG)} translations")
+                print(_measured(checkpoints[0], paths[0], measure, references))
                 return 0
-            for path, checkpoint in zip(paths, checkpoints, strict=True):
-                if not checkpoint.recipe.model.decoder_layers:
-                    raise DataError(f"{path} has no decoder: it cannot translate")
-            models = [checkpoint.transformer() for checkpoint in checkpoints]
-            model = Ensemble(models) if len(models) > 1 else models[0]
-            eos_id, max_source_tokens = model.config.eos_id, model.config.max_source_tokens
-            translate = translator(model, arguments.num_beams, arguments.length_penalty)
+            evaluation_by = _evaluation_by_checkpoints(checkpoints, paths, arguments)
     except (DataError, CheckpointError) as error:
         print(f"transduce evaluate: {_one_line(error)}", file=sys.stderr)
         return 2
-    evaluation = evaluate(translate, tokenizer, eos_id, max_source_tokens, references, arguments.bleu_tokenize)
+    evaluation = evaluation_by(references, arguments.bleu_tokenize)
     translations = dict(zip(references, evaluation.translations, strict=True))
     if arguments.output:
         lines = (translations[source] for source, _ in pairs if source in translations)
@@ -320,3 +270,62 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         print(f"  source       {source}\n  translation  {translations[source]}\n  reference    {' | '.join(refs)}\n")
     print(f"beam {arguments.num_beams}  {evaluation}")
     return 0
+
+
+def _evaluation_by_artifact(
+    directory: Path, arguments: argparse.Namespace
+) -> Callable[[dict[str, list[str]], str], Evaluation]:
+    """What scores an artifact's translations of sources against their references, tokenised as sacrebleu is told."""
+    # The one place where model/ reaches for export/: an artifact is judged by what its graphs give.
+    from export.artifact_decoder import ArtifactDecoder
+    from model.data import DataError
+    from model.evaluation import evaluate
+    from model.tokenizer import tokenizer_from_json
+
+    if not (directory / "manifest.json").is_file():
+        raise DataError(f"{directory} is no artifact: it has no manifest.json")
+    manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+    if "decoder" not in manifest["variants"]["cpu"]:
+        raise DataError(f"{directory} has no decoder: it cannot translate")
+    decoder = ArtifactDecoder(directory, threads=arguments.threads)
+    tokenizer = tokenizer_from_json((directory / "tokenizer.json").read_text(encoding="utf-8"))
+
+    def translate(sources: list[list[int]]) -> list[list[int]]:
+        found = decoder.beam(sources, arguments.num_beams, arguments.length_penalty)
+        return [hypotheses[0].ids for hypotheses in found]
+
+    return partial(evaluate, translate, tokenizer, decoder.eos_id, manifest["max_source_tokens"])
+
+
+def _evaluation_by_checkpoints(
+    checkpoints: list[Checkpoint], paths: list[Path], arguments: argparse.Namespace
+) -> Callable[[dict[str, list[str]], str], Evaluation]:
+    """The same of a checkpoint, or of what several translate together."""
+    from model.data import DataError
+    from model.evaluation import evaluate, translator
+    from model.search import Ensemble
+
+    tokenizer = checkpoints[0].tokenizer
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        if not checkpoint.recipe.model.decoder_layers:
+            raise DataError(f"{path} has no decoder: it cannot translate")
+        if checkpoint.tokenizer.to_str() != tokenizer.to_str():
+            raise DataError(f"{path} has another tokenizer than {paths[0]}: its probabilities are of other tokens")
+    models = [checkpoint.transformer() for checkpoint in checkpoints]
+    model = Ensemble(models) if len(models) > 1 else models[0]
+    translate = translator(model, arguments.num_beams, arguments.length_penalty)
+    return partial(evaluate, translate, tokenizer, model.config.eos_id, model.config.max_source_tokens)
+
+
+def _measured(checkpoint: Checkpoint, path: Path, measure: str, references: dict[str, list[str]]) -> str:
+    """A line that says a checkpoint's accuracy or retrieval."""
+    from model.data import DataError
+    from model.evaluation import RETRIEVED_AMONG, accuracy, retrieval
+
+    model = checkpoint.transformer()
+    if measure == "retrieval":
+        found = retrieval(model, checkpoint.tokenizer, references)
+        return f"retrieval {found:.2f} % among {min(len(references), RETRIEVED_AMONG)} translations"
+    if not model.config.labels:
+        raise DataError(f"{path} is no classifier: it has no labels")
+    return f"accuracy {accuracy(model, checkpoint.tokenizer, references):.2f} % of {len(references)} texts"

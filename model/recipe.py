@@ -6,10 +6,12 @@ Knows nothing of torch: a recipe can be read, checked and printed where torch is
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from model.config import TransformerConfig, check
+from model.config import ConfigurationError, TransformerConfig, check
 
 T = TypeVar("T")
 
@@ -201,3 +203,28 @@ def _record(kind: type[T], table: dict[str, Any], where: str) -> T:
         fits = type(value) is wanted or (wanted is float and type(value) is int)
         check(fits, f"{where}.{name}", f"of type {wanted.__name__}", value)
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in table.items()})
+
+
+def read_recipe(path: Path, changes: list[str]) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe in a file and its [metadata], after changes TABLE.FIELD=VALUE, which --set gives.
+
+    Raises ConfigurationError.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"{path}: {error}") from error
+    for change in changes:
+        name, equals, value = change.partition("=")
+        table, dot, key = name.partition(".")
+        if not (equals and dot):
+            raise ConfigurationError(f"--set {change}: expected TABLE.FIELD=VALUE, as in training.max_steps=1000")
+        try:
+            tables.setdefault(table, {})[key] = tomllib.loads(f"v = {value}")["v"]
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigurationError(f"--set {change}: {value!r} is no TOML value; texts need quotes") from error
+    metadata = tables.pop("metadata", {})
+    try:
+        return Recipe.from_dict(tables), metadata
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from model.cli import read_recipe
 from model.config import ConfigurationError, TransformerConfig
-from model.recipe import Recipe
+from model.recipe import Recipe, read_recipe
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_what_cannot_translate_together_is_refused(
     tiny_classifier_checkpoint.save(encoder)
     for arguments, message in (
         ([one, str(tiny_fp32_artifact)], f"{tiny_fp32_artifact} is a directory"),
-        ([one, str(other)], "tokenizers"),
+        ([one, str(other)], f"{other} has another tokenizer"),
         ([one, one, "--measure", "retrieval"], "--measure retrieval"),
         ([one, str(encoder)], f"{encoder} has no decoder"),
     ):
@@ -93,6 +93,7 @@ def test_what_cannot_translate_together_is_refused(
         (["missing.pt", "--data", "missing.tsv"], "missing.tsv"),
         (["missing.pt", "--data", __file__], "no usable pair"),
         (["missing.pt", "--data", __file__, "--num-beams", "0"], "--num-beams"),
+        (["missing.pt", "--data", __file__, "--output", "missing/out"], "--output missing/out"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_one_line(
