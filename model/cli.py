@@ -137,6 +137,8 @@ def run_train(arguments: argparse.Namespace) -> int:
             raise ConfigurationError(
                 f"{run} holds a run already: continue it with --resume, or choose another --output"
             )
+        if arguments.threads < 0:
+            raise ConfigurationError(f"--threads must be at least 0, not {arguments.threads}")
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         run.mkdir(parents=True, exist_ok=True)
@@ -228,8 +230,9 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
 
     paths: list[Path] = arguments.model
     try:
-        if arguments.num_beams < 1:
-            raise DataError(f"--num-beams must be at least 1, not {arguments.num_beams}")
+        for name, least in (("num_beams", 1), ("samples", 0), ("limit", 0), ("threads", 0)):
+            if (value := getattr(arguments, name)) < least:
+                raise DataError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
         if arguments.output and not arguments.output.parent.is_dir():
             raise DataError(f"--output {arguments.output}: there is no such directory")
         if arguments.threads:

@@ -93,6 +93,8 @@ def test_what_cannot_translate_together_is_refused(
         (["missing.pt", "--data", "missing.tsv"], "missing.tsv"),
         (["missing.pt", "--data", __file__], "no usable pair"),
         (["missing.pt", "--data", __file__, "--num-beams", "0"], "--num-beams"),
+        (["missing.pt", "--data", __file__, "--threads", "-1"], "--threads"),
+        (["missing.pt", "--data", __file__, "--limit", "-1"], "--limit"),
         (["missing.pt", "--data", __file__, "--output", "missing/out"], "--output missing/out"),
     ],
 )

@@ -249,6 +249,7 @@ def test_a_small_model_learns_to_spell(data: Path) -> None:
         (("--holdout", "0.7"), "--holdout"),
         (("--resume",), "no such checkpoint"),
         (("--data", "missing.tsv"), "missing.tsv"),
+        (("--threads", "-1"), "--threads"),
     ],
 )
 def test_a_wrong_command_ends_with_one_line_that_names_it(data: Path, options: tuple[str, ...], message: str) -> None:
