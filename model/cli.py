@@ -233,8 +233,6 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
         for name, least in (("num_beams", 1), ("samples", 0), ("limit", 0), ("threads", 0)):
             if (value := getattr(arguments, name)) < least:
                 raise DataError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-        if arguments.output and not arguments.output.parent.is_dir():
-            raise DataError(f"--output {arguments.output}: there is no such directory")
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         bad = BadRows()
@@ -261,6 +259,11 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
                 print(_measured(checkpoints[0], paths[0], measure, references))
                 return 0
             evaluation_by = _evaluation_by_checkpoints(checkpoints, paths, arguments)
+        if arguments.output:
+            try:
+                arguments.output.write_text("")  # whether it can be written is known before all is translated
+            except OSError as error:
+                raise DataError(f"--output {arguments.output}: {error.strerror}") from error
     except (DataError, CheckpointError) as error:
         print(f"transduce evaluate: {_one_line(error)}", file=sys.stderr)
         return 2

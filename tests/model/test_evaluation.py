@@ -51,9 +51,7 @@ def test_translations_are_written_a_line_for_each_pair(tiny_checkpoint_file: Pat
     assert first == third != second
 
 
-def test_checkpoints_translate_together(
-    tiny_checkpoint_file: Path, tiny_sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoints_translate_together(tiny_checkpoint_file: Path, tiny_sentences: Path, tmp_path: Path) -> None:
     """One given twice gives what it gives by itself; two that differ give something else than either."""
     tiny.tiny_checkpoint(seed=2, d_model=48).save(tmp_path / "other.pt")
     found = []
@@ -95,7 +93,6 @@ def test_what_cannot_translate_together_is_refused(
         (["missing.pt", "--data", __file__, "--num-beams", "0"], "--num-beams"),
         (["missing.pt", "--data", __file__, "--threads", "-1"], "--threads"),
         (["missing.pt", "--data", __file__, "--limit", "-1"], "--limit"),
-        (["missing.pt", "--data", __file__, "--output", "missing/out"], "--output missing/out"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_in_one_line(
@@ -105,6 +102,23 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     errors = capsys.readouterr().err
     assert message in errors
     assert "Traceback" not in errors
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_translated(
+    tiny_checkpoint_file: Path, tiny_sentences: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Into no directory, and a directory itself. What is refused for another reason leaves the file as it is."""
+    for output in (tmp_path / "missing" / "out", tmp_path):
+        options = ["--data", str(tiny_sentences), "--output", str(output)]
+        assert main(["evaluate", str(tiny_checkpoint_file), *options]) == 2
+        printed = capsys.readouterr()
+        assert f"--output {output}: " in printed.err
+        assert "Traceback" not in printed.err
+        assert printed.out == ""
+    kept = tmp_path / "kept"
+    kept.write_text("translations of yesterday\n")
+    assert main(["evaluate", "missing.pt", "--data", str(tiny_sentences), "--output", str(kept)]) == 2
+    assert kept.read_text() == "translations of yesterday\n"
 
 
 def test_an_encoder_alone_is_refused_as_a_translator(
