@@ -114,11 +114,13 @@ def run_train(arguments: argparse.Namespace) -> int:
     """Train as told; the exit status of the program."""
     import torch
     from torch import distributed
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     from model.checkpoint import Checkpoint, CheckpointError
     from model.data import BadRows, Corpus, DataError, grouped_references, read_pairs, split_of
+    from model.devices import start_processes
     from model.tokenizer import tokenizer_from_json, train_tokenizer
-    from model.training import Trainer, start_processes
+    from model.training import Trainer
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logger = logging.getLogger("transduce.train")
@@ -207,7 +209,8 @@ def run_train(arguments: argparse.Namespace) -> int:
             "%d pairs, %d validation sentences, %d parameters, on %s, %d process(es)",
             len(corpus), len(trainer.validation), trainer.model.num_parameters(), device, trainer.world,
         )  # fmt: skip
-        trainer.run()
+        with logging_redirect_tqdm():
+            trainer.run()
         if distributed.is_initialized():
             distributed.destroy_process_group()
     except (ConfigurationError, DataError, CheckpointError) as error:

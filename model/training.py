@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as distributed
@@ -27,6 +26,7 @@ from model.checkpoint import Checkpoint, average_weights, copied
 from model.config import ConfigurationError
 from model.curves import draw_curves
 from model.data import BadRows, Batch, Corpus, epoch_batches
+from model.devices import has_bf16
 from model.evaluation import validate
 from model.objectives import Objective
 from model.optimizer import MovingAverage, build_optimizers, rate_factor, set_rate
@@ -108,9 +108,21 @@ class Trainer:
         logger.info("teachers read the corpus")
         # Always the first epoch's batches: the same run has the very same numbers kept.
         batches = epoch_batches(self.corpus, self.segment, recipe.model, config, 0, BadRows())
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed):
-            on_device = (batch.to(self.device) for batch in batches)
-            self.objective.teaching = KeptTeaching.write(path, teachers, on_device, len(self.corpus), config, digest)
+        with (
+            self._bar("pair", len(self.corpus)) as bar,
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed),
+        ):
+
+            def read() -> Iterator[Batch]:
+                for batch in batches:
+                    yield batch.to(self.device)
+                    bar.update(len(batch.pairs))
+
+            self.objective.teaching = KeptTeaching.write(path, teachers, read(), len(self.corpus), config, digest)
+
+    def _bar(self, unit: str, total: int, done: int = 0) -> tqdm[NoReturn]:
+        """Shown where the first process has a terminal."""
+        return tqdm(total=total, initial=done, unit=unit, disable=None if self.rank == 0 else True)
 
     def run(self) -> Checkpoint:
         """Train to the end of the recipe (or to early stopping) and return the final checkpoint, also in model.pt."""
@@ -118,9 +130,7 @@ class Trainer:
         if self.teachers and config.distillation_top:
             self._keep_what_teachers_say(self.teachers)
         started, tokens_since, losses_since = time.perf_counter(), 0, []
-        bar = tqdm(
-            total=config.max_steps, initial=self.progress.step, unit="step", disable=None if self.rank == 0 else True
-        )
+        bar = self._bar("step", config.max_steps, self.progress.step)
         while not self._finished():
             for group in self._groups():
                 loss, tokens = self._update(group)
@@ -330,25 +340,5 @@ def take_weights(model: Transformer, weights: dict[str, Tensor]) -> None:
     model.load_state_dict(fitting, strict=False)
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether products of bf16 have instructions there. Without them torch gives the same, many times slower than
-    fp32: 13 to 18 times on a processor with AVX2 alone (4,096 rows of width 128).
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
 def _spelt(scores: dict[str, float]) -> str:
     return "  ".join(f"{name} {score:.2f}" for name, score in scores.items())
-
-
-def start_processes() -> torch.device:
-    """The device of this process; joins the group if torchrun started it."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
