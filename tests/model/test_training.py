@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -184,6 +189,33 @@ def test_a_run_that_gains_nothing_stops_early(data: Path) -> None:
     )
     assert len(losses(data / "idle")) == 15
     assert (data / "idle" / "model.pt").exists()
+
+
+def test_a_terminal_shows_how_far_a_run_and_its_teachers_are(data: Path) -> None:
+    """By a bar each; what is logged stands in lines of its own."""
+    short = ("--set", "training.max_steps=4", "--set", "training.validate_every=2")
+    train(data, "teacher", *short)
+    teacher = ("--teacher", str(data / "teacher" / "model.pt"))
+    kept = ("--set", "training.distillation_weight=0.5", "--set", "training.distillation_top=3")
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    shown = b""
+    with subprocess.Popen(command(data, "run", *short, *teacher, *kept), stderr=theirs, env=ENVIRONMENT) as run:
+        os.close(theirs)
+        # Linux has an error where a terminal's last writer is gone.
+        try:
+            while part := os.read(ours, 4096):
+                shown += part
+        except OSError:
+            pass
+    os.close(ours)
+    assert run.returncode == 0, shown
+    lines = re.split(r"[\r\n]+", shown.decode())
+    assert any("pair/s" in line for line in lines)
+    assert any("4/4" in line for line in lines)
+    logged = [line for line in lines if "target tokens/s" in line]
+    assert len(logged) == 2
+    assert all(re.match(r"\d{4}-\d\d-\d\d ", line) for line in logged), logged
 
 
 def test_a_clip_norm_of_zero_leaves_gradients_as_they_are(data: Path) -> None:
