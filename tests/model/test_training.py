@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pty
 import re
-import struct
 import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,16 +197,13 @@ def test_a_terminal_shows_how_far_a_run_and_its_teachers_are(data: Path) -> None
     teacher = ("--teacher", str(data / "teacher" / "model.pt"))
     kept = ("--set", "training.distillation_weight=0.5", "--set", "training.distillation_top=3")
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    termios.tcsetwinsize(theirs, (40, 100))
     shown = b""
     with subprocess.Popen(command(data, "run", *short, *teacher, *kept), stderr=theirs, env=ENVIRONMENT) as run:
         os.close(theirs)
-        # Linux has an error where a terminal's last writer is gone.
-        try:
+        with suppress(OSError):  # which is what Linux gives once a terminal's last writer is gone
             while part := os.read(ours, 4096):
                 shown += part
-        except OSError:
-            pass
     os.close(ours)
     assert run.returncode == 0, shown
     lines = re.split(r"[\r\n]+", shown.decode())
